@@ -1,0 +1,75 @@
+"""Every counter that a process keeps for itself, as rows: which slot, which word, its name, unit and one line of help.
+
+The ledger's totals are not here: those come from the streams' rows (arena/ledger.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+from mpserverd.arena.state import Slot
+
+
+class Role(enum.Enum):
+    SUPERVISOR = "supervisor"
+    WORKER = "worker"
+    STORER = "storer"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Counter:
+    """``word`` is relative to Slot.COUNTER; ``gauge`` values go down too."""
+
+    role: Role
+    word: int
+    name: str
+    unit: str
+    help: str
+    gauge: bool = False
+
+    @property
+    def column(self) -> int:
+        return Slot.COUNTER + self.word
+
+
+_S, _W, _D = Role.SUPERVISOR, Role.WORKER, Role.STORER
+
+COUNTERS: tuple[Counter, ...] = (
+    Counter(_S, 0, "accepted", "connections", "Connections accepted and admitted."),
+    Counter(_S, 1, "adopted", "connections", "Connections given to another worker after theirs died."),
+    Counter(_S, 2, "handed_over", "connections", "Connections moved between live workers on purpose."),
+    Counter(_S, 3, "chunks_leased", "chunks", "Chunks leased to workers."),
+    Counter(_S, 4, "starved", "requests", "Requests for chunks that found none free."),
+    Counter(_S, 5, "reloads", "reloads", "Configurations taken over without a restart."),
+    Counter(_S, 6, "reloads_refused", "reloads", "Reloads refused because the configuration was wrong."),
+    Counter(_W, 0, "blocked", "times", "Times that a stream was not read because the arena had no place for it."),
+    Counter(
+        _W, 1, "dropped_packets", "packets", "Packets dropped because on_full = drop-oldest and the arena was full."
+    ),
+    Counter(_W, 2, "checks", "calls", "Runs of the packet check."),
+    Counter(_W, 3, "chunks_taken", "chunks", "Chunks given to streams."),
+    Counter(_W, 4, "chunks_leased", "chunks", "Chunks that this worker holds ahead.", gauge=True),
+    Counter(_W, 5, "attached", "connections", "Connections taken up."),
+    Counter(_D, 0, "cycles", "cycles", "Write, sync and commit cycles."),
+    Counter(_D, 1, "written_bytes", "bytes", "Bytes written to segments, rewritten blocks included."),
+    Counter(_D, 2, "cycle_ns", "ns", "Duration of the last cycle.", gauge=True),
+    Counter(_D, 3, "cycle_ns_max", "ns", "Longest cycle so far.", gauge=True),
+    Counter(_D, 4, "write_errors", "errors", "Writes and syncs that failed."),
+    Counter(_D, 5, "segments_retired", "segments", "Segments removed by retention."),
+    Counter(_D, 6, "spool_bytes", "bytes", "Bytes of all segments.", gauge=True),
+    Counter(_D, 7, "free_bytes", "bytes", "Free space of the spool's file system.", gauge=True),
+    Counter(_D, 8, "direct", "flag", "1 when segments are written past the page cache.", gauge=True),
+    Counter(_D, 9, "full", "flag", "1 while the spool is full.", gauge=True),
+    Counter(_D, 10, "segments_created", "segments", "Segments made."),
+    Counter(_D, 11, "segments_aside", "segments", "Segments set aside after a failed write or sync."),
+    Counter(_D, 12, "syncs", "calls", "fdatasync and syncfs calls."),
+)
+
+
+def column(role: Role, name: str) -> int:
+    """The slot column of a counter. Raises KeyError."""
+    for counter in COUNTERS:
+        if counter.role is role and counter.name == name:
+            return counter.column
+    raise KeyError(f"{role.value}.{name}")
