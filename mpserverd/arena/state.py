@@ -168,10 +168,12 @@ class Slot:
 
 
 class Wants(enum.IntFlag):
-    """What a worker waits for, in its slot: the storer rings its doorbell only for these."""
+    """What a worker wants of the storer, in its slot's WANTS word."""
 
     DURABLE = 1
-    """Some stream is blocked, closing or owes an acknowledgement."""
+    """Some stream is blocked, closing or owes an acknowledgement: ring me after the next commit."""
+    PRESSURE = 2
+    """Some stream has half of what it may hold waiting: the storer begins its next cycle at once."""
 
 
 class Head:

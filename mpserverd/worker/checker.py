@@ -1,0 +1,196 @@
+"""Checks packets in place in the arena: sequence numbers, and one-way latency.
+
+A check record (arena/state.py, ``Check``) lives twice in the stream's row; the valid one is named by CHECK_SELECT,
+written last. So a worker that is killed anywhere leaves either the record before or the one after a check, never a
+mixture, and its successor counts no gap twice.
+
+What counts: a packet whose number is one above the highest so far is fine; further ahead is a *gap* (and the difference
+*missing*); equal is a *repeat*; below is *reordered*. A run of at least RESTART_PACKETS consecutive numbers that begins
+below is a sender that started again: one *reordered*, and counting goes on from there. Numbers wrap at the width of
+their field.
+
+No system calls, no clock: the time at which bytes were received comes with them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+
+from mpserverd.arena.latency import bucket_index
+from mpserverd.arena.state import Check, StateTable, Str
+from mpserverd.arena.window import StreamWindow
+from mpserverd.protocol.layout import PacketLayout
+
+BLOCK_PACKETS = 16384
+"""Packets that one pass looks at: its scratch arrays then stay in the second-level cache."""
+RESTART_PACKETS = 64
+MARKS_MAX = 64
+"""Latency is sampled at one packet a ``recv``, at most so many a check."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Field:
+    """One number inside a packet."""
+
+    kind: np.dtype[np.generic]
+    offset: int
+
+
+def _field(layout: PacketLayout, name: str | None) -> Field | None:
+    if name is None or layout.dtype.fields is None:
+        return None
+    kind, offset = layout.dtype.fields[name][:2]
+    return Field(kind, offset)
+
+
+def scratch_for(layout: PacketLayout | None) -> Scratch | None:
+    """Scratch arrays that fit the layout's sequence field; None when there is nothing to check."""
+    field = _field(layout, layout.sequence) if layout is not None else None
+    return Scratch(field.kind) if field is not None else None
+
+
+class Scratch:
+    """Scratch arrays for one sequence type; a worker shares them between all its streams."""
+
+    def __init__(self, kind: np.dtype[np.generic]) -> None:
+        native = kind.newbyteorder("=")
+        self.unsigned = np.dtype(f"u{native.itemsize}")
+        self.signed = np.dtype(f"i{native.itemsize}")
+        self.steps = np.empty(BLOCK_PACKETS, self.unsigned)
+        self.wrong = np.empty(BLOCK_PACKETS, np.bool_)
+        self.one = self.unsigned.type(1)
+        self.mask = (1 << (8 * native.itemsize)) - 1
+
+
+class Checker:
+    """Checks one stream. ``checked`` is the stream offset below which every whole packet was looked at."""
+
+    def __init__(self, state: StateTable, row: int, layout: PacketLayout | None, scratch: Scratch | None) -> None:
+        self._words = state.words
+        self._base = base = state.stream_base(row)
+        self._row = row
+        self._scratch = scratch
+        self._latency = state.latency
+        self._select = int(state.words[base + Str.CHECK_SELECT]) & 1
+        record = base + (Str.CHECK0, Str.CHECK1)[self._select]
+        self.checked = int(state.words[record + Check.CHECKED])
+        self.last = int(state.words[record + Check.LAST_SEQUENCE])
+        self.known = bool(state.words[record + Check.SEQUENCE_KNOWN])
+        self.gaps, self.missing, self.repeats, self.reordered = (
+            int(state.words[record + column]) for column in (Check.GAPS, Check.MISSING, Check.REPEATS, Check.REORDERED)
+        )
+        self.marks: list[tuple[int, int]] = []
+        """(stream offset reached, unix ns) of each ``recv`` since the last check, when the layout has a time."""
+        self._sequence = _field(layout, layout.sequence) if layout is not None else None
+        self._time = _field(layout, layout.time) if layout is not None else None
+        self.wants_marks = self._time is not None
+
+    def forget_sequence(self) -> None:
+        """A new connection, or a hole of our own making: the next packet begins a sequence."""
+        self.known = False
+
+    def check(self, window: StreamWindow) -> None:
+        """Look at all whole packets up to the window's position, then publish the record."""
+        packet = window.packet_size
+        end = window.position - window.position % packet
+        if end <= self.checked:
+            return
+        if self._sequence is not None and self._scratch is not None:
+            self._check_sequence(window, end, packet, self._sequence, self._scratch)
+        if self.marks and self._time is not None:
+            self._sample_latency(window, packet, self._time)
+        self.checked = end
+        self._publish()
+
+    def _publish(self) -> None:
+        words = self._words
+        select = self._select ^ 1
+        record = self._base + (Str.CHECK0, Str.CHECK1)[select]
+        words[record + Check.CHECKED] = self.checked
+        words[record + Check.LAST_SEQUENCE] = self.last
+        words[record + Check.SEQUENCE_KNOWN] = self.known
+        words[record + Check.GAPS] = self.gaps
+        words[record + Check.MISSING] = self.missing
+        words[record + Check.REPEATS] = self.repeats
+        words[record + Check.REORDERED] = self.reordered
+        words[self._base + Str.CHECK_SELECT] = self._select = select
+
+    def _check_sequence(self, window: StreamWindow, end: int, packet: int, field: Field, scratch: Scratch) -> None:
+        """Whole packets are looked at where they lie; one that straddles two chunks is joined first."""
+        data = window.data
+        first = self.checked
+        carry = b""
+        for at, length in window.pieces(first, end):
+            if carry:
+                missing = packet - len(carry)
+                carry += bytes(data[at : at + min(missing, length)])
+                if len(carry) < packet:
+                    continue
+                self._look(carry, 0, 1, packet, field, scratch)
+                at, length = at + missing, length - missing  # noqa: PLW2901
+            count = length // packet
+            for block in range(0, count, BLOCK_PACKETS):
+                self._look(data, at + block * packet, min(BLOCK_PACKETS, count - block), packet, field, scratch)
+            carry = bytes(data[at + count * packet : at + length])
+
+    def _look(
+        self,
+        buffer: memoryview | bytes,
+        at: int,
+        count: int,
+        packet: int,
+        field: Field,
+        scratch: Scratch,
+    ) -> None:
+        """Check ``count`` packets that lie side by side at ``at``. All in order costs three numpy passes."""
+        numbers: npt.NDArray[np.generic] = np.ndarray((count,), field.kind, buffer, at + field.offset, (packet,))
+        first = int(numbers[0]) & scratch.mask
+        steps, wrong = scratch.steps[: count - 1], scratch.wrong[: count - 1]
+        np.subtract(numbers[1:], numbers[:-1], out=steps, casting="unsafe")
+        np.not_equal(steps, scratch.one, out=wrong)
+        smooth = not np.count_nonzero(wrong)
+        if smooth and (not self.known or first == (self.last + 1) & scratch.mask):
+            self.last, self.known = (first + count - 1) & scratch.mask, True
+            return
+        self._look_closely(numbers, smooth, scratch)
+
+    def _look_closely(self, numbers: npt.NDArray[np.generic], smooth: bool, scratch: Scratch) -> None:
+        count = len(numbers)
+        values = numbers.astype(scratch.unsigned)
+        last = self.last if self.known else (int(values[0]) - 1) & scratch.mask
+        ahead = (values - scratch.unsigned.type(last)).view(scratch.signed)
+        if smooth and count >= RESTART_PACKETS and int(ahead[0]) < 0:
+            self.reordered += 1
+            self.last, self.known = int(values[-1]), True
+            return
+        highest = np.maximum.accumulate(np.concatenate((np.zeros(1, scratch.signed), ahead)))
+        step = ahead - highest[:-1]
+        jumps = step[step > 1]
+        self.gaps += len(jumps)
+        self.missing += int(np.sum(jumps.astype(np.uint64) - np.uint64(1)))
+        self.repeats += int(np.count_nonzero(step == 0))
+        self.reordered += int(np.count_nonzero(step < 0))
+        self.last, self.known = (last + int(highest[-1])) & scratch.mask, True
+
+    def _sample_latency(self, window: StreamWindow, packet: int, field: Field) -> None:
+        """One packet a ``recv``: the last whole one that it completed."""
+        samples = []
+        for reached, received_ns in self.marks[-MARKS_MAX:]:
+            start = (reached // packet - 1) * packet
+            if start < self.checked:
+                continue
+            pieces = window.pieces(start, start + packet)
+            raw = b"".join(bytes(window.data[at : at + length]) for at, length in pieces)
+            if len(raw) == packet:
+                samples.append(received_ns - int(np.frombuffer(raw, field.kind, 1, field.offset)[0]))
+        self.marks.clear()
+        if not samples:
+            return
+        latencies = np.maximum(np.array(samples, np.int64), 0)
+        np.add.at(self._latency[self._row], bucket_index(latencies), np.uint64(1))
+        slowest = int(latencies.max())
+        word = self._base + Str.LATENCY_MAX_NS
+        self._words[word] = max(self._words[word], slowest)
