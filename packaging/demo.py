@@ -122,8 +122,8 @@ def config_text(arguments: argparse.Namespace, spool: pathlib.Path, socket_path:
     """Packets of mpload begin with their number and, when there is room, with their scheduled time."""
     size = arguments.packet_size
     fields, checks = f'{{ content = "S{size}" }}', ""
-    if size >= 16:  # noqa: PLR2004  (two u64)
-        rest = f', rest = "V{size - 16}"' if size > 16 else ""  # noqa: PLR2004
+    if size >= 16:
+        rest = f', rest = "V{size - 16}"' if size > 16 else ""
         fields = f'{{ sequence = "<u8", time = "<u8"{rest} }}'
         checks = 'sequence = "sequence"\ntime = "time"\n'
     return CONFIG.format(
