@@ -5,9 +5,8 @@ written last. So a worker that is killed anywhere leaves either the record befor
 mixture, and its successor counts no gap twice.
 
 What counts: a packet whose number is one above the highest so far is fine; further ahead is a *gap* (and the difference
-*missing*); equal is a *repeat*; below is *reordered*. A run of at least RESTART_PACKETS consecutive numbers that begins
-below is a sender that started again: one *reordered*, and counting goes on from there. Numbers wrap at the width of
-their field.
+*missing*); equal is a *repeat*; below is *reordered*. After RESTART_PACKETS consecutive numbers below, the sender has
+started again, and counting goes on from there. Numbers wrap at the width of their field.
 
 No system calls, no clock: the time at which bytes were received comes with them.
 """
@@ -84,6 +83,7 @@ class Checker:
         )
         self.marks: list[tuple[int, int]] = []
         """(stream offset reached, unix ns) of each ``recv`` since the last check, when the layout has a time."""
+        self._behind_next = self._behind_count = 0
         self._sequence = _field(layout, layout.sequence) if layout is not None else None
         self._time = _field(layout, layout.time) if layout is not None else None
         self.wants_marks = self._time is not None
@@ -158,13 +158,11 @@ class Checker:
         self._look_closely(numbers, smooth, scratch)
 
     def _look_closely(self, numbers: npt.NDArray[np.generic], smooth: bool, scratch: Scratch) -> None:
-        count = len(numbers)
         values = numbers.astype(scratch.unsigned)
         last = self.last if self.known else (int(values[0]) - 1) & scratch.mask
         ahead = (values - scratch.unsigned.type(last)).view(scratch.signed)
-        if smooth and count >= RESTART_PACKETS and int(ahead[0]) < 0:
-            self.reordered += 1
-            self.last, self.known = int(values[-1]), True
+        if smooth and int(ahead[-1]) < 0:
+            self._fall_behind(int(values[0]), len(values), scratch)
             return
         highest = np.maximum.accumulate(np.concatenate((np.zeros(1, scratch.signed), ahead)))
         step = ahead - highest[:-1]
@@ -174,6 +172,17 @@ class Checker:
         self.repeats += int(np.count_nonzero(step == 0))
         self.reordered += int(np.count_nonzero(step < 0))
         self.last, self.known = (last + int(highest[-1])) & scratch.mask, True
+
+    def _fall_behind(self, first: int, count: int, scratch: Scratch) -> None:
+        """``count`` consecutive numbers below the highest one: late packets, or a sender that started again."""
+        if first != self._behind_next:
+            self._behind_count = 0
+        last = (first + count - 1) & scratch.mask
+        self.reordered += min(count, RESTART_PACKETS - self._behind_count)
+        self._behind_count += count
+        self._behind_next = (last + 1) & scratch.mask
+        if self._behind_count >= RESTART_PACKETS:
+            self.last, self._behind_count = last, 0
 
     def _sample_latency(self, window: StreamWindow, packet: int, field: Field) -> None:
         """One packet a ``recv``: the last whole one that it completed."""
