@@ -1,0 +1,233 @@
+"""``make bench``: what a packet costs here, as ratios against plain programs measured in the same run.
+
+Rules: rounds of the daemon and of what it is compared with alternate, and medians are told, so that a busy machine hurts
+both alike. Everything lies below build/ and is removed; the spool is bounded by retention. Prints a table and then one
+JSON object, and writes nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.bench import baselines, readings  # noqa: E402
+from tests.integration.driver import BIN, Daemon  # noqa: E402
+
+PACKET_BYTES = 16
+BATCH_PACKETS = 804
+LAYOUT = {
+    "sample16": {"size": 16, "fields": {"sequence": "<u8", "time": "<u8"}, "sequence": "sequence", "time": "time"}
+}
+SETTLE_S = 1.0
+DURABLE_DEADLINE_S = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """``aim`` is the bound that the value is held to; ``higher_is_better`` says on which side of it."""
+
+    name: str
+    value: float
+    unit: str
+    aim: float | None = None
+    higher_is_better: bool = False
+
+    @property
+    def verdict(self) -> str:
+        if self.aim is None:
+            return ""
+        return "yes" if (self.value >= self.aim if self.higher_is_better else self.value <= self.aim) else "NO"
+
+
+class Bench:
+    def __init__(self, directory: pathlib.Path, rounds: int, duration_s: float) -> None:
+        self.directory = directory
+        self.rounds = rounds
+        self.duration_s = duration_s
+        self.results: list[Result] = []
+
+    def add(self, *result: Any, **more: Any) -> None:
+        self.results.append(Result(*result, **more))
+        latest = self.results[-1]
+        print(f"  {latest.name}: {latest.value:.4g} {latest.unit}", file=sys.stderr, flush=True)
+
+    # -- the daemon and its load
+
+    @contextlib.contextmanager
+    def daemon(self, **changes: Any) -> Iterator[Daemon]:
+        """Four workers and 64 MiB of buffers unless ``changes`` say otherwise; stopped and removed afterwards."""
+        home = pathlib.Path(tempfile.mkdtemp(prefix="daemon-", dir=self.directory))
+        settings = {
+            "server": {"workers": 4, "max_clients": 300},
+            "buffers": {"bytes": "64 MiB"},
+            "layout": LAYOUT,
+            "listener": [{"name": "raw", "address": "127.0.0.1:0", "layout": "sample16", "on_full": "block"}],
+            "spool": {"path": str(home / "spool"), "segment_bytes": "64 MiB", "max_bytes": "4 GiB"},
+            "log": {"level": "info"},
+        }
+        for section, table in changes.items():
+            old = settings[section]
+            settings[section] = [old[0] | table] if isinstance(old, list) else old | table  # type: ignore[operator]
+        try:
+            with Daemon(home, settings) as daemon:
+                yield daemon
+        finally:
+            shutil.rmtree(home, ignore_errors=True)
+
+    def load(self, port: int, *, clients: int = 1, rate: float = 0.0, duration_s: float = 0.0) -> dict[str, Any]:
+        """Run mpload to its end; its results. Rate 0 is flat out."""
+        report = self.directory / "load.json"
+        command = [BIN / "mpload", "run", "--host", "127.0.0.1", "--port", str(port)]
+        command += ["--clients", str(clients), "--rate", f"{rate:g}", "--packet-size", str(PACKET_BYTES)]
+        command += ["--batch", str(BATCH_PACKETS), "--duration", f"{duration_s or self.duration_s:g}"]
+        command += ["--json", str(report)]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        if answer.returncode:
+            raise RuntimeError(f"mpload exited {answer.returncode}: {answer.stdout[-2000:]}{answer.stderr[-2000:]}")
+        result: dict[str, Any] = json.loads(report.read_text())
+        return result
+
+    def flat_out(self, clients: int = 1, **changes: Any) -> tuple[float, float]:
+        """CPU ns of the whole daemon a packet, and packets/s until the last one is durable (or checked)."""
+        stored = changes.get("listener", {}).get("store", True)
+        with self.daemon(**changes) as daemon:
+            port, pids = daemon.port(), daemon.pids()
+            cpu_before, started = readings.cpu_s(pids), time.monotonic()
+            sent = int(self.load(port, clients=clients)["packets_sent"])
+            account = "durable_bytes" if stored else "received_bytes"
+            daemon.wait_for(lambda: daemon.stats()["ledger"][account] == sent * PACKET_BYTES, DURABLE_DEADLINE_S)
+            wall_s, cpu = time.monotonic() - started, readings.cpu_s(pids) - cpu_before
+            daemon.ledger()
+        return cpu / sent * 1e9, sent / wall_s
+
+    # -- the measurements
+
+    def cpu_of_one_client(self) -> None:
+        """One flat-out client against socat and against a plain writer, round by round."""
+        names = ("socat", "stored", "unstored", "stored_rate", "writer_rate")
+        rows: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(self.rounds):
+            cpu, sent_bytes = baselines.socat_cpu_s(lambda port: int(self.load(port)["bytes_sent"]))
+            rows["socat"].append(cpu / (sent_bytes / PACKET_BYTES) * 1e9)
+            stored_ns, stored_rate = self.flat_out()
+            rows["stored"].append(stored_ns)
+            rows["stored_rate"].append(stored_rate)
+            writer = baselines.direct_writer_bytes_per_s(self.directory, self.duration_s)
+            rows["writer_rate"].append(writer / PACKET_BYTES)
+            rows["unstored"].append(self.flat_out(listener={"store": False})[0])
+        socat, stored, unstored, stored_rate, writer_rate = (statistics.median(rows[name]) for name in names)
+        self.add("socat to /dev/null", socat, "CPU ns/packet")
+        self.add("received, checked, stored, synced", stored, "CPU ns/packet")
+        self.add("  against socat", stored / socat, "times", 3.0)
+        self.add("received, checked, not stored", unstored, "CPU ns/packet")
+        self.add("  against socat", unstored / socat, "times", 1.7)
+        self.add("plain O_DIRECT writer", writer_rate / 1e6, "M packets/s")
+        self.add("synced, one client", stored_rate / 1e6, "M packets/s")
+        self.add("  against the plain writer", stored_rate / writer_rate, "times", 0.8, higher_is_better=True)
+
+    def many_connections(self) -> None:
+        """1,000 connections with the load beside the daemon on the same cores."""
+        for stored in (True, False):
+            more: dict[str, Any] = {"listener": {"store": stored}, "server": {"max_clients": 1000}}
+            more["buffers"] = {"bytes": "256 MiB"}
+            cpu_ns, rate = self.flat_out(1000, **more)
+            words = "stored" if stored else "not stored"
+            self.add(f"1,000 connections, {words}", rate / 1e6, "M packets/s")
+            self.add(f"  daemon alone, {words}", cpu_ns, "CPU ns/packet")
+
+    def ordinary_load(self) -> None:
+        """10 clients at 10,050 packets/s each, and nothing at all."""
+        with self.daemon() as daemon:
+            pids = daemon.pids()
+            self.add("idle CPU", self._share(pids, lambda: time.sleep(10.0)), "% of a core", 0.3)
+            self.add("idle memory, buffers whole", readings.memory_bytes(pids)["total"] / 1e6, "MB")
+            report: dict[str, Any] = {}
+            port = daemon.port()
+            share = self._share(pids, lambda: report.update(self.load(port, clients=10, rate=10_050, duration_s=15.0)))
+            self.add("CPU at 10 x 10,050/s", share, "% of a core", 2.0)
+            self.add("memory at 10 x 10,050/s, buffers whole", readings.memory_bytes(pids)["total"] / 1e6, "MB", 150.0)
+            self.add("rate error of mpload", abs(report["rate"] / report["target_rate"] - 1) * 100, "%", 0.1)
+
+    def memory_of_clients(self) -> None:
+        """Private memory that 250 connected clients add; the buffers are shared and fixed."""
+        clients = 250
+        with self.daemon() as daemon:
+            pids, port = daemon.pids(), daemon.port()
+            before = readings.memory_bytes(pids)["private"]
+            command = [BIN / "mpload", "run", "--host", "127.0.0.1", "--port", str(port), "--clients", str(clients)]
+            command += ["--rate", "804", "--duration", "6"]
+            with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as load:
+                daemon.wait_until_connected(clients)
+                time.sleep(2 * SETTLE_S)
+                after = readings.memory_bytes(pids)["private"]
+                load.wait()
+        self.add("memory a client, 250 connected", (after - before) / clients / 1024, "KiB")
+
+    def _share(self, pids: list[int], action: Callable[[], object]) -> float:
+        """Percent of one core that the processes take while ``action`` runs."""
+        time.sleep(SETTLE_S)
+        before, started = readings.cpu_s(pids), time.monotonic()
+        action()
+        return (readings.cpu_s(pids) - before) / (time.monotonic() - started) * 100
+
+
+def main() -> int:
+    parts = {
+        "cpu": Bench.cpu_of_one_client,
+        "connections": Bench.many_connections,
+        "load": Bench.ordinary_load,
+        "memory": Bench.memory_of_clients,
+    }
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--rounds", type=int, default=3, help="how often baselines and daemon alternate")
+    parser.add_argument("--duration", type=float, default=4.0, help="seconds of load in each round")
+    parser.add_argument("--only", choices=parts, action="append", help="measure this part; may be repeated")
+    arguments = parser.parse_args()
+    if shutil.which("socat") is None:
+        print("bench: needs socat; type: sudo apt-get install socat", file=sys.stderr)
+        return 2
+    (ROOT / "build").mkdir(exist_ok=True)
+    directory = pathlib.Path(tempfile.mkdtemp(prefix="bench-", dir=ROOT / "build"))
+    try:
+        bench = Bench(directory, arguments.rounds, arguments.duration)
+        for name, part in parts.items():
+            if arguments.only is None or name in arguments.only:
+                part(bench)
+    except KeyboardInterrupt:
+        print("bench: interrupted, everything is stopped", file=sys.stderr)
+        return 130
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    print_results(bench.results)
+    return 0
+
+
+def print_results(results: list[Result]) -> None:
+    print(f"\n{'measured':<44} {'value':>10}  {'unit':<15} {'aim':>8}  met")
+    for result in results:
+        aim = "" if result.aim is None else f"{'>=' if result.higher_is_better else '<='} {result.aim:g}"
+        print(f"{result.name:<44} {result.value:>10.4g}  {result.unit:<15} {aim:>8}  {result.verdict}")
+    machine = {"kernel": platform.release(), "cores": os.cpu_count(), "python": platform.python_version()}
+    rows = [dataclasses.asdict(result) | {"met": result.verdict != "NO"} for result in results]
+    print()
+    print(json.dumps({"schema_version": 1, "machine": machine, "results": rows}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
