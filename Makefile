@@ -45,6 +45,7 @@ lint: setup
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check . || { echo "lint: type: $(BIN)/ruff format ." >&2; exit 1; }
 	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/mypy --no-error-summary --explicit-package-bases tests/integration tests/bench packaging/demo.py
 
 bench: setup
 	@exec $(BIN)/python tests/bench/bench.py $(BENCH)

@@ -36,7 +36,7 @@ def socat_cpu_s(send: Callable[[int], int]) -> tuple[float, int]:
 
 
 def direct_writer_bytes_per_s(directory: pathlib.Path, duration_s: float) -> float:
-    """Fresh preallocated files, ``WRITER_THREADS`` threads, O_DIRECT where there is such a thing, fdatasync for each."""
+    """Fresh preallocated files, ``WRITER_THREADS`` threads, O_DIRECT if there is such a thing, fdatasync for each."""
     home = pathlib.Path(tempfile.mkdtemp(prefix="writer-", dir=directory))
     source = mmap.mmap(-1, WRITE_BYTES)
     source.write(os.urandom(WRITE_BYTES))

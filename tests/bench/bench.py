@@ -1,8 +1,8 @@
 """``make bench``: what a packet costs here, as ratios against plain programs measured in the same run.
 
-Rules: rounds of the daemon and of what it is compared with alternate, and medians are told, so that a busy machine hurts
-both alike. Everything lies below build/ and is removed; the spool is bounded by retention. Prints a table and then one
-JSON object, and writes nothing else.
+Rules: rounds of the daemon and of what it is compared with alternate, and medians are told, so that a busy machine
+hurts both alike. Everything lies below build/ and is removed; the spool is bounded by retention. Prints a table and
+then one JSON object, and writes nothing else.
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ from tests.integration.driver import BIN, Daemon  # noqa: E402
 
 PACKET_BYTES = 16
 BATCH_PACKETS = 804
-LAYOUT = {
-    "sample16": {"size": 16, "fields": {"sequence": "<u8", "time": "<u8"}, "sequence": "sequence", "time": "time"}
-}
+FIELDS = {"sequence": "<u8", "time": "<u8"}
+LAYOUT = {"sample16": {"size": PACKET_BYTES, "fields": FIELDS, "sequence": "sequence", "time": "time"}}
 SETTLE_S = 1.0
 DURABLE_DEADLINE_S = 60.0
 
@@ -73,7 +72,7 @@ class Bench:
     def daemon(self, **changes: Any) -> Iterator[Daemon]:
         """Four workers and 64 MiB of buffers unless ``changes`` say otherwise; stopped and removed afterwards."""
         home = pathlib.Path(tempfile.mkdtemp(prefix="daemon-", dir=self.directory))
-        settings = {
+        settings: dict[str, Any] = {
             "server": {"workers": 4, "max_clients": 300},
             "buffers": {"bytes": "64 MiB"},
             "layout": LAYOUT,
@@ -83,7 +82,7 @@ class Bench:
         }
         for section, table in changes.items():
             old = settings[section]
-            settings[section] = [old[0] | table] if isinstance(old, list) else old | table  # type: ignore[operator]
+            settings[section] = [old[0] | table] if isinstance(old, list) else old | table
         try:
             with Daemon(home, settings) as daemon:
                 yield daemon
@@ -93,10 +92,7 @@ class Bench:
     def load(self, port: int, *, clients: int = 1, rate: float = 0.0, duration_s: float = 0.0) -> dict[str, Any]:
         """Run mpload to its end; its results. Rate 0 is flat out."""
         report = self.directory / "load.json"
-        command = [BIN / "mpload", "run", "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--clients", str(clients), "--rate", f"{rate:g}", "--packet-size", str(PACKET_BYTES)]
-        command += ["--batch", str(BATCH_PACKETS), "--duration", f"{duration_s or self.duration_s:g}"]
-        command += ["--json", str(report)]
+        command = [*load_command(port, clients, rate, duration_s or self.duration_s), "--json", str(report)]
         answer = subprocess.run(command, capture_output=True, text=True, check=False)
         if answer.returncode:
             raise RuntimeError(f"mpload exited {answer.returncode}: {answer.stdout[-2000:]}{answer.stderr[-2000:]}")
@@ -170,8 +166,7 @@ class Bench:
         with self.daemon() as daemon:
             pids, port = daemon.pids(), daemon.port()
             before = readings.memory_bytes(pids)["private"]
-            command = [BIN / "mpload", "run", "--host", "127.0.0.1", "--port", str(port), "--clients", str(clients)]
-            command += ["--rate", "804", "--duration", "6"]
+            command = load_command(port, clients, 804.0, 6.0)
             with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as load:
                 daemon.wait_until_connected(clients)
                 time.sleep(2 * SETTLE_S)
@@ -185,6 +180,12 @@ class Bench:
         before, started = readings.cpu_s(pids), time.monotonic()
         action()
         return (readings.cpu_s(pids) - before) / (time.monotonic() - started) * 100
+
+
+def load_command(port: int, clients: int, rate: float, duration_s: float) -> list[str]:
+    command = [str(BIN / "mpload"), "run", "--host", "127.0.0.1", "--port", str(port), "--clients", str(clients)]
+    command += ["--rate", f"{rate:g}", "--packet-size", str(PACKET_BYTES), "--batch", str(BATCH_PACKETS)]
+    return [*command, "--duration", f"{duration_s:g}"]
 
 
 def main() -> int:

@@ -106,7 +106,8 @@ class Daemon:
         if answer.returncode != 0:
             return False
         stats = json.loads(answer.stdout)
-        return len(stats["worker_list"]) == stats["workers"] and all(w["pid"] > 0 for w in stats["worker_list"])
+        pids = [int(worker["pid"]) for worker in stats["worker_list"]]
+        return len(pids) == int(stats["workers"]) and min(pids) > 0
 
     def stop(self, deadline_s: float = DEADLINE_S) -> int:
         """SIGTERM, and the exit code."""
@@ -210,7 +211,7 @@ class Daemon:
 
         def reached() -> bool:
             nonlocal last
-            last = self.stats()["ledger"][account]
+            last = int(self.stats()["ledger"][account])
             assert last <= value, f"{account} is {last}, more than the {value} that were sent"
             return last == value
 
@@ -236,6 +237,11 @@ class Daemon:
     def wait_until_connected(self, connections: int) -> None:
         """Exactly so many connections are open; 0 is allowed."""
         self.wait_for(lambda: self.stats()["active_connections"] == connections, what=f"{connections} connections")
+
+    def wait_until_served(self, connections: int) -> None:
+        """So many came since the start, all are gone, and all of their bytes are in files."""
+        self.wait_for(lambda: self.stats()["total_connections"] == connections, what=f"connection {connections}")
+        self.wait_until_quiet()
 
     def wait_until_quiet(self) -> None:
         """All connections are over, and all of their bytes are accounted for in files."""

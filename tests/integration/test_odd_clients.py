@@ -76,8 +76,7 @@ def test_connections_without_a_whole_packet_leave_no_stream(tmp_path: pathlib.Pa
             with connect(port) as client:
                 client.sendall(sent)
         reset(connect(port))
-        daemon.wait_for(lambda: daemon.stats()["total_connections"] == 4, what="four connections")
-        daemon.wait_until_quiet()
+        daemon.wait_until_served(4)
         assert daemon.wait_for_total("truncated_bytes", 15)["received_bytes"] == 0
         assert daemon.streams() == []
         assert not list((daemon.spool / "streams").iterdir())
@@ -189,8 +188,7 @@ def test_a_named_client_keeps_one_stream_over_many_connections(tmp_path: pathlib
         for number, content in enumerate(contents, 1):
             with connect(daemon.port()) as client:
                 client.sendall(content)
-            daemon.wait_for(lambda n=number: daemon.stats()["total_connections"] == n)
-            daemon.wait_until_quiet()
+            daemon.wait_until_served(number)
         daemon.wait_for_total("durable_bytes", sum(map(len, contents)))
         (stream,) = stored_streams(daemon.spool)
         assert stream.name == "press-7"

@@ -60,8 +60,7 @@ def test_streams_are_stored_byte_for_byte_on(tmp_path: pathlib.Path, kind: str, 
         for number, content in enumerate(contents, 1):
             with connect(daemon.port()) as client:
                 client.sendall(content)
-            daemon.wait_for(lambda n=number: daemon.stats()["total_connections"] == n)
-            daemon.wait_until_quiet()
+            daemon.wait_until_served(number)
         daemon.wait_for_total("durable_bytes", sum(map(len, contents)))
         (stream,) = stored_streams(daemon.spool)
         assert stream.content == b"".join(contents)
