@@ -23,6 +23,10 @@ _SIZE_UNITS = {"B": 1, "KiB": limits.KIB, "MiB": limits.MIB, "GiB": limits.GIB, 
 _PORT_MAX = 65_535
 
 
+_MAPPED_PREFIX = 96
+"""Bits of ``::ffff:0:0`` before the IPv4 address."""
+
+
 class WrongValueError(ValueError):
     """The text of a fault, without file and key."""
 
@@ -204,13 +208,22 @@ def split_endpoint(text: str) -> tuple[ipaddress.IPv4Address | ipaddress.IPv6Add
     return address, int(port)
 
 
+def plain_network(network: Network) -> Network:
+    """The IPv4 network for one written v4-mapped (``::ffff:192.0.2.0/120``), because peers are judged as IPv4 then."""
+    if isinstance(network, ipaddress.IPv6Network) and network.prefixlen >= _MAPPED_PREFIX:
+        mapped = network.network_address.ipv4_mapped
+        if mapped is not None:
+            return ipaddress.IPv4Network((mapped, network.prefixlen - _MAPPED_PREFIX))
+    return network
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class AddressOrNetwork:
     def parse(self, value: Any) -> Network:
         if not isinstance(value, str):
             raise WrongValueError(f"not a text; write {self.wants()}")
         try:
-            return ipaddress.ip_network(value)
+            return plain_network(ipaddress.ip_network(value))
         except ValueError:
             pass
         try:
