@@ -16,7 +16,7 @@ LEVELS = (
     {"cli", "compat"},
     {"supervisor", "worker", "storer", "forward", "monitor", "load"},
     {"net", "streams", "arena", "client"},
-    {"protocol", "control", "config", "log", "log_targets", "log_text", "systemd"},
+    {"protocol", "control", "config", "log", "log_ids", "log_targets", "log_text", "systemd"},
     {"errors", "limits", "version"},
 )
 """Imports go down or stay on their level. Packages of the second level are processes and do not know each other."""
@@ -33,11 +33,11 @@ def part_of(module: str) -> str | None:
 
 def imported_parts(path: pathlib.Path) -> set[str]:
     """The parts of this project that a module imports anywhere, imports inside functions included."""
-    found = set()
+    found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module] if node.module != "mpserverd" else [f"mpserverd.{a.name}" for a in node.names]
+            names = [node.module] if node.module != "mpserverd" else [f"mpserverd.{alias.name}" for alias in node.names]
         found |= {part for name in names if (part := part_of(name)) is not None}
     return found
 
