@@ -1,0 +1,261 @@
+"""``mpload``: many load clients in few processes, paced or flat out, with figures to judge a server by.
+
+Rules: each option is one row of RUN_OPTIONS, each exit code one row of EXIT_CODES; docs/mpload.md is held to both by a
+test. Figures go to standard output, progress and errors to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+# one thread is all that filling packets needs, and a thread pool would be copied by every fork
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from rich.console import Console
+
+from mpserverd.errors import MpserverdError, UsageError
+from mpserverd.limits import PACKET_BYTES_MAX
+from mpserverd.load.crew import Crew, Outcome
+from mpserverd.load.progress import ProgressView
+from mpserverd.load.results import Thresholds, misses, summarize
+from mpserverd.load.scenario import Scenario, parse_source_addresses
+from mpserverd.load.tables import print_summary
+from mpserverd.version import VERSION
+
+EXIT_CODES = {
+    0: "everything was sent as asked (and found again, with `--verify`)",
+    1: "a threshold was missed, connections were lost, or the spool holds something else than was sent",
+    2: "bad usage: unknown option, impossible value, unknown host name",
+    3: "not one client could connect",
+}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option. ``parse`` None: a flag."""
+
+    name: str
+    metavar: str
+    parse: Callable[[str], Any] | None
+    default: Any
+    help: str
+
+
+def number(kind: Callable[[str], Any], low: float, high: float) -> Callable[[str], Any]:
+    """A parser of numbers within bounds, both included."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except (ValueError, ZeroDivisionError):
+            raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is out of bounds, {low:,} to {high:,} are allowed")
+        return value
+
+    return parse
+
+
+def source_addresses(text: str) -> tuple[str, ...]:
+    try:
+        return parse_source_addresses(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def protocol(text: str) -> str:
+    if text != "raw":
+        raise argparse.ArgumentTypeError(f"{text!r} is not offered; raw is")
+    return text
+
+
+RUN_OPTIONS: tuple[Option, ...] = (
+    Option("--host", "HOST", str, "127.0.0.1", "Name or address of the server."),
+    Option("--port", "PORT", number(int, 1, 65_535), 8888, "Its port."),
+    Option("--protocol", "NAME", protocol, "raw", "`raw`: packets from the first byte on, nothing comes back."),
+    Option("--clients", "N", number(int, 1, 100_000), 10, "Connections, each with packets of its own."),
+    Option(
+        "--rate",
+        "PACKETS_PER_S",
+        number(Fraction, 0, 10**9),
+        Fraction(10_050),
+        "Packets a second of each client; 0: flat out.",
+    ),
+    Option("--packet-size", "BYTES", number(int, 1, PACKET_BYTES_MAX), 16, "Size of a packet."),
+    Option(
+        "--batch", "PACKETS", number(int, 1, 1_000_000), None, "Packets that are sent together (804; flat out: 1 MiB)."
+    ),
+    Option("--duration", "S", number(float, 0.001, 10**7), None, "How long to send (30, unless `--packets` is given)."),
+    Option("--packets", "N", number(int, 1, 10**15), None, "Packets of each client; whichever limit comes first ends."),
+    Option(
+        "--processes", "N", number(int, 1, 1024), None, "Sender processes (as many as cores; never more than clients)."
+    ),
+    Option(
+        "--source-addresses",
+        "LIST",
+        source_addresses,
+        (),
+        "Local addresses that the clients take in turn: `127.0.0.1-127.0.0.9`, `10.0.0.1,10.0.0.7`.",
+    ),
+    Option("--seed", "N", number(int, 0, 2**63 - 1), 1, "Chooses the filler bytes and the pauses before reconnects."),
+    Option("--send-buffer", "BYTES", number(int, 0, 2**30), 131_072, "Socket send buffer; 0: let the system choose."),
+    Option("--connect-timeout", "S", number(float, 0.01, 3600), 5.0, "An attempt to connect fails after this long."),
+    Option(
+        "--drain-timeout",
+        "S",
+        number(float, 0.01, 3600),
+        10.0,
+        "After the end of the schedule: how long late packets may take. Without one: how long nothing may move.",
+    ),
+    Option("--close-timeout", "S", number(float, 0.01, 3600), 10.0, "How long to wait for the server's close."),
+    Option("--min-rate-percent", "P", number(float, 0, 100), 99.0, "Below this share of the target rate: exit code 1."),
+    Option("--max-reconnects", "N", number(int, 0, 10**9), 0, "With more lost connections than this: exit code 1."),
+    Option("--json", "FILE", str, None, "Write the figures as one JSON object; `-`: standard output, without tables."),
+    Option("--quiet", "", None, False, "No progress, no tables."),
+)
+
+
+def run_parser(subparsers: Any = None) -> argparse.ArgumentParser:
+    summary = "send packets from many clients and report what came of it"
+    parser: argparse.ArgumentParser = subparsers.add_parser("run", help=summary, description=summary.capitalize() + ".")
+    for option in RUN_OPTIONS:
+        text = option.help.replace("`", "").replace("%", "%%")
+        if option.parse is None:
+            parser.add_argument(option.name, action="store_true", help=text)
+            continue
+        shown = "" if option.default in (None, ()) else f" (default {option.default})"
+        parser.add_argument(
+            option.name, metavar=option.metavar, type=option.parse, default=option.default, help=text + shown
+        )
+    return parser
+
+
+def make_scenario(arguments: argparse.Namespace) -> Scenario:
+    """Raises UsageError."""
+    try:
+        found = socket.getaddrinfo(arguments.host, arguments.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"--host {arguments.host}: {error}") from None
+    duration_s = arguments.duration
+    if duration_s is None and arguments.packets is None:
+        duration_s = 30.0
+    return Scenario(
+        targets=tuple((int(family), address) for family, _, _, _, address in found),
+        clients=arguments.clients,
+        rate=arguments.rate,
+        packet_size=arguments.packet_size,
+        batch=arguments.batch or 0,
+        duration_s=duration_s,
+        packets=arguments.packets,
+        source_addresses=arguments.source_addresses,
+        seed=arguments.seed,
+        send_buffer_bytes=arguments.send_buffer,
+        connect_timeout_s=arguments.connect_timeout,
+        drain_timeout_s=arguments.drain_timeout,
+        close_timeout_s=arguments.close_timeout,
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The command ``run``; its exit code."""
+    scenario = make_scenario(arguments)
+    processes = min(arguments.processes or os.cpu_count() or 1, scenario.clients)
+    progress_console = Console(stderr=True)
+    outcome = _send(scenario, processes, progress_console, arguments)
+    report = summarize(scenario, outcome, processes)
+    missed = misses(
+        scenario, outcome, Thresholds(arguments.min_rate_percent, arguments.max_reconnects), verification=None
+    )
+    report["misses"] = missed
+    _publish(arguments, report, outcome)
+    for line in missed:
+        print(f"mpload: {line}", file=sys.stderr)
+    return 1 if missed else 0
+
+
+def _send(scenario: Scenario, processes: int, console: Console, arguments: argparse.Namespace) -> Outcome:
+    # senders first: a fork after the start of the live view would copy its thread's locks
+    with (
+        Crew(scenario, processes) as crew,
+        _stopping(crew),
+        ProgressView(console, scenario, quiet=arguments.quiet) as view,
+    ):
+        return crew.run(view.show)
+
+
+@contextlib.contextmanager
+def _stopping(crew: Crew) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the run in order; the second one at once."""
+
+    def on_signal(number: int, _: object) -> None:
+        crew.request_stop()
+        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _publish(arguments: argparse.Namespace, report: dict[str, Any], outcome: Outcome) -> None:
+    text = json.dumps(report, indent=2) + "\n"
+    if arguments.json == "-":
+        sys.stdout.write(text)
+    elif arguments.json is not None:
+        pathlib.Path(arguments.json).write_text(text)
+    if not arguments.quiet and arguments.json != "-":
+        print_summary(Console(), report, outcome.clients)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"run": run}
+DEFAULT_COMMAND = "run"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mpload",
+        description="Load clients for a packet server. Without a command it is `run`.",
+        epilog="Exit codes: " + "; ".join(f"{code} {text.replace('`', '')}" for code, text in EXIT_CODES.items()) + ".",
+    )
+    parser.add_argument("--version", action="version", version=f"mpload {VERSION}")
+    run_parser(parser.add_subparsers(dest="command", metavar="COMMAND"))
+    return parser
+
+
+def with_default_command(words: Sequence[str]) -> list[str]:
+    """``mpload --port 1`` is ``mpload run --port 1``."""
+    if words and (words[0] in COMMANDS or words[0] in ("-h", "--help", "--version")):
+        return list(words)
+    return [DEFAULT_COMMAND, *words]
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The program; returns its exit code."""
+    arguments = make_parser().parse_args(with_default_command(sys.argv[1:] if words is None else words))
+    try:
+        return COMMANDS[arguments.command](arguments)
+    except MpserverdError as error:
+        print(f"mpload: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"mpload: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""What a run came to: the JSON object, the judgement, and the tables for people. Pure.
+
+Rules: fields are only ever added; the rate of a client is its packets over the time that they stand for, or over the
+time that they took when that was longer; the rate of the run is the sum of its clients' rates.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mpserverd.load.crew import Outcome
+from mpserverd.load.link import ClientResult
+from mpserverd.load.scenario import Scenario
+from mpserverd.load.verify import Verification
+from mpserverd.version import VERSION
+
+SCHEMA_VERSION = 1
+CLIENT_ROWS_FIRST, CLIENT_ROWS_WORST = 20, 5
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What must be reached for exit code 0."""
+
+    rate_percent_min: float
+    reconnects_max: int
+
+
+def client_rate(client: ClientResult) -> float:
+    """Packets a second."""
+    return client.packets / client.elapsed_s if client.elapsed_s > 0 else 0.0
+
+
+def summarize(
+    scenario: Scenario,
+    outcome: Outcome,
+    processes: int,
+    *,
+    latency_ms: Mapping[str, float] | None = None,
+    verification: Verification | None = None,
+) -> dict[str, Any]:
+    """The object of ``--json``, without its ``misses``."""
+    clients = outcome.clients
+    packets = sum(client.packets for client in clients)
+    cpu_s = outcome.cpu_user_s + outcome.cpu_system_s
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "version": VERSION,
+        "protocol": "raw",
+        "started": _iso_utc(outcome.started_unix_ns),
+        "interrupted": outcome.interrupted,
+        "clients": scenario.clients,
+        "processes": processes,
+        "packet_size": scenario.packet_size,
+        "batch": scenario.batch_packets(max(1, scenario.clients // processes)),
+        "packets_sent": packets,
+        "bytes_sent": sum(client.bytes for client in clients),
+        "packets_acked": None,
+        "packets_unsent": sum(client.packets_unsent for client in clients),
+        "rate": round(sum(client_rate(client) for client in clients), 3),
+        "target_rate": None if scenario.flat_out else float(scenario.rate * scenario.clients),
+        "errors": sum(client.errors for client in clients),
+        "errors_by_reason": _errors_by_reason(clients),
+        "reconnects": sum(client.reconnects for client in clients),
+        "unconfirmed_bytes": sum(_unconfirmed_bytes(client) for client in clients),
+        "connect_ms": outcome.connect.as_ms(50, 99),
+        "lateness_ms": outcome.lateness.as_ms(50, 99, 99.9),
+        "latency_ms": latency_ms,
+        "duration_s": round(max((client.elapsed_s for client in clients), default=0.0), 6),
+        "success_rate": _success_rate(scenario, clients, packets, verification),
+        "cpu": {
+            "user_s": round(outcome.cpu_user_s, 3),
+            "system_s": round(outcome.cpu_system_s, 3),
+            "ns_per_packet": round(cpu_s * 1e9 / packets, 2) if packets else None,
+        },
+        "verify": None if verification is None else verification.as_json(),
+        "per_client": [_client_json(client) for client in clients],
+    }
+
+
+def misses(
+    scenario: Scenario, outcome: Outcome, thresholds: Thresholds, verification: Verification | None
+) -> list[str]:
+    """Everything that makes the answer "no", one sentence each."""
+    found: list[str] = []
+    rate, target = sum(client_rate(client) for client in outcome.clients), float(scenario.rate * scenario.clients)
+    if not scenario.flat_out and 100 * rate < thresholds.rate_percent_min * target:
+        found.append(
+            f"rate {rate:.1f} packets/s is {100 * rate / target:.2f} % of {target:.1f}, "
+            f"at least {thresholds.rate_percent_min:g} % are wanted"
+        )
+    broken = sum(record.broken is not None for client in outcome.clients for record in client.connections)
+    if broken > thresholds.reconnects_max:
+        found.append(f"{broken} connections were lost, at most {thresholds.reconnects_max} may be")
+    never = sum(not client.connections for client in outcome.clients)
+    if never:
+        found.append(f"{never} of {scenario.clients} clients never had a connection")
+    if verification is not None and verification.mismatches:
+        found.append(f"{len(verification.mismatches)} connections are not stored as they were sent")
+    return found
+
+
+def client_rows(clients: Sequence[ClientResult]) -> tuple[list[ClientResult], list[ClientResult]]:
+    """Which clients a table shows: the first ones, and the worst of the others (lost connections, then lowest rate)."""
+    first, others = list(clients[:CLIENT_ROWS_FIRST]), clients[CLIENT_ROWS_FIRST:]
+    worst = sorted(others, key=lambda client: (-client.errors, client_rate(client)))[:CLIENT_ROWS_WORST]
+    return first, worst
+
+
+def _client_json(client: ClientResult) -> dict[str, Any]:
+    last = client.connections[-1] if client.connections else None
+    return {
+        "client": client.client,
+        "packets": client.packets,
+        "bytes": client.bytes,
+        "packets_unsent": client.packets_unsent,
+        "rate": round(client_rate(client), 3),
+        "elapsed_s": round(client.elapsed_s, 6),
+        "local_address": None if last is None else last.local_address,
+        "reconnects": client.reconnects,
+        "errors": client.errors,
+        "errors_by_reason": client.errors_by_reason,
+        "sha256": last.sha256 if last is not None and len(client.connections) == 1 else None,
+        "connections": [asdict(record) for record in client.connections],
+    }
+
+
+def _success_rate(
+    scenario: Scenario, clients: Sequence[ClientResult], packets: int, verification: Verification | None
+) -> float | None:
+    """Stored over sent; without a look into the spool, what was not lost with a connection over sent."""
+    if not packets:
+        return None
+    if verification is not None:
+        return verification.stored_packets / packets
+    lost = sum(-(-_unconfirmed_bytes(client) // scenario.packet_size) for client in clients)
+    return max(0, packets - lost) / packets
+
+
+def _unconfirmed_bytes(client: ClientResult) -> int:
+    return sum(record.unconfirmed_bytes for record in client.connections)
+
+
+def _errors_by_reason(clients: Sequence[ClientResult]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for client in clients:
+        total.update(client.errors_by_reason)
+    return dict(total.most_common())
+
+
+def _iso_utc(unix_ns: int) -> str:
+    moment = datetime.datetime.fromtimestamp(unix_ns / 1e9, datetime.UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")

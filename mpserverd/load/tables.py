@@ -1,0 +1,78 @@
+"""The tables that ``mpload`` prints at the end, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mpserverd.load.link import ClientResult
+from mpserverd.load.results import client_rate, client_rows
+
+
+def print_summary(console: Console, report: Mapping[str, Any], clients: Sequence[ClientResult]) -> None:
+    """A row a client (the first and the worst ones), then the totals."""
+    first, worst = client_rows(clients)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("client", "packets", "bytes", "packets/s", "unsent", "reconnects", "errors"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("local address", no_wrap=True)
+    for client in first:
+        table.add_row(*_client_cells(client))
+    if worst:
+        table.add_section()
+        for client in worst:
+            table.add_row(*_client_cells(client))
+    console.print(table)
+    hidden = len(clients) - len(first) - len(worst)
+    if hidden:
+        console.print(f"{hidden} more clients; --json has them all, shown are the first {len(first)} and the worst")
+    console.print()
+    for line in total_lines(report):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _client_cells(client: ClientResult) -> list[str]:
+    local = client.connections[-1].local_address if client.connections else "never connected"
+    figures = (client.packets, client.bytes, client_rate(client), client.packets_unsent)
+    counts = (client.reconnects, client.errors)
+    return [str(client.client), *(f"{figure:,.0f}" for figure in figures), *(str(count) for count in counts), local]
+
+
+def total_lines(report: Mapping[str, Any]) -> list[str]:
+    """The figures of the whole run, a line for each question."""
+    target = report["target_rate"]
+    wanted = "flat out" if target is None else f"target {target:,.1f}, {100 * report['rate'] / target:.3f} %"
+    lines = [
+        f"sent        {report['packets_sent']:,} packets, {report['bytes_sent']:,} bytes, {report['duration_s']:.3f} s",
+        f"rate        {report['rate']:,.1f} packets/s ({wanted}), {_bytes_per_s(report):,.0f} bytes/s",
+        f"connecting  {_figures(report['connect_ms'])}",
+        f"lateness    {_figures(report['lateness_ms'])}",
+        f"success     {_percent(report['success_rate'])}; {report['packets_unsent']:,} packets unsent, "
+        f"{report['reconnects']} reconnects, {report['unconfirmed_bytes']:,} bytes unconfirmed",
+    ]
+    if report["latency_ms"] is not None:
+        lines.append(f"latency     {_figures(report['latency_ms'])} (scheduled to received, the worst client each)")
+    if report["errors"]:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in report["errors_by_reason"].items())
+        lines.append(f"errors      {report['errors']}: {reasons}")
+    cpu = report["cpu"]
+    if cpu["ns_per_packet"] is not None:
+        lines.append(
+            f"cpu here    {cpu['ns_per_packet']:g} ns a packet, {cpu['user_s']:.2f} s user, {cpu['system_s']:.2f} s kernel"
+        )
+    return lines
+
+
+def _bytes_per_s(report: Mapping[str, Any]) -> float:
+    return float(report["rate"] * report["packet_size"])
+
+
+def _figures(figures: Mapping[str, float] | None) -> str:
+    return "-" if figures is None else ", ".join(f"{name} {value:.3f} ms" for name, value in figures.items())
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.4f} %"
