@@ -1,6 +1,6 @@
 """Prints settings and the option table: as a dictionary, as TOML that loads to the same settings, and as a listing.
 
-Pure, except for nothing: who prints decides where it goes.
+Pure: whoever prints it decides where it goes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mpserverd.config.faults import key_text
+from mpserverd.config.kinds import Size, size_text
 from mpserverd.config.options import OPTIONS, SECTIONS, Missing, Option, Shape, of_section
 from mpserverd.config.schema import Config
 
@@ -53,8 +54,13 @@ def _plain(value: Any) -> Any:
 
 def as_toml(config: Config) -> str:
     """A file that loads to these settings."""
+    return dict_as_toml(as_dict(config))
+
+
+def dict_as_toml(settings: Mapping[str, Any]) -> str:
+    """The same of what ``as_dict`` made."""
     lines: list[str] = []
-    for section, content in as_dict(config).items():
+    for section, content in settings.items():
         for title, table in _tables(section, content):
             lines += [title, *(f"{name} = {toml_value(value)}" for name, value in table.items()), ""]
     return "\n".join(lines)
@@ -96,7 +102,15 @@ def default_value_text(option: Option) -> str:
         return "must be given"
     if option.default is Missing.DERIVED:
         return option.default_text
+    if isinstance(option.kind, Size) and option.default:
+        return toml_value(size_text(option.default))
     return toml_value(_plain(option.default))
+
+
+def wants_text(option: Option) -> str:
+    """What the value may be, with its unit where the bounds do not say it."""
+    unit = "" if not option.unit or isinstance(option.kind, Size) else f", in {option.unit}"
+    return option.kind.wants() + unit
 
 
 def default_toml() -> str:
@@ -117,9 +131,8 @@ def default_toml() -> str:
 
 
 def _help_text(option: Option) -> str:
-    unit = f" ({option.unit})" if option.unit else ""
     default = f" Default: {default_value_text(option)}." if isinstance(option.default, Missing) else ""
-    return f"{option.help} Value{unit}: {option.kind.wants()}.{default} Applies at: {option.applies}."
+    return f"{option.help} Value: {wants_text(option)}.{default} Applies at: {option.applies}."
 
 
 def listing() -> str:
@@ -127,16 +140,14 @@ def listing() -> str:
     paragraphs = []
     for option in OPTIONS:
         head = f"{option.key}  (default: {default_value_text(option)}; applies at {option.applies})"
-        unit = f", in {option.unit}" if option.unit else ""
-        body = f"{option.help} {option.kind.wants()}{unit}."
+        body = f"{option.help} Value: {wants_text(option)}."
         paragraphs.append(head + "\n" + textwrap.fill(body, 96, initial_indent="    ", subsequent_indent="    "))
     return "\n".join(paragraphs) + "\n"
 
 
 def manual_row(option: Option) -> str:
     """The row of the option in docs/configuration.md."""
-    wants = option.kind.wants().replace("|", "\\|")
-    unit = f" ({option.unit})" if option.unit else ""
+    wants = wants_text(option).replace("|", "\\|")
     default = default_value_text(option)
     shown = default if isinstance(option.default, Missing) else f"`{default}`"
-    return f"| `{option.name}` | {option.help} | {wants}{unit} | {shown} | {option.applies} |"
+    return f"| `{option.name}` | {option.help} | {wants} | {shown} | {option.applies} |"
