@@ -1,0 +1,247 @@
+"""Listeners and what comes in through them: accept, admit or refuse, and pass on to the connection table.
+
+A listener's id stands in rows and outlives a reload as long as what it says about streams stays the same; otherwise the
+listener gets a new id, and live connections go on under the old one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import logging
+import socket
+import time
+
+from mpserverd import log
+from mpserverd.arena.state import RefuseReason
+from mpserverd.config.schema import Config, ListenerConfig
+from mpserverd.net import tcp_info
+from mpserverd.net.admission import Limits, Standing, refuse_reason
+from mpserverd.net.allowlist import AddressFilter
+from mpserverd.net.listener import (
+    ACCEPT_BATCH_MAX,
+    PAUSE_S,
+    ShortageError,
+    bound_address,
+    make_ready,
+    open_listener,
+    try_accept,
+)
+from mpserverd.supervisor.connections import Connections
+from mpserverd.supervisor.core import Core
+from mpserverd.supervisor.loop import READ
+from mpserverd.supervisor.naming import normal_address, peer_text
+
+logger = logging.getLogger(__name__)
+
+REFUSALS_INTERVAL_S = 5.0
+"""Refusals at one listener for one reason are logged at most so often; the counters have them all."""
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Listener:
+    """An open one. ``id`` is what rows carry."""
+
+    id: int
+    config: ListenerConfig
+    sock: socket.socket
+    filter: AddressFilter
+    bound: str
+    paused: bool = False
+
+
+class Accepting:
+    """All open listeners."""
+
+    def __init__(self, core: Core, connections: Connections) -> None:
+        self._core = core
+        self._connections = connections
+        self._open: dict[str, Listener] = {}
+        self._refusals: dict[tuple[str, RefuseReason], log.RateLimiter] = {}
+        self._next_id = 1
+        self._serving = False
+
+    def listeners(self) -> list[Listener]:
+        return list(self._open.values())
+
+    # -- opening and closing
+
+    def open_all(self, config: Config) -> None:
+        """At the start. Raises StartError."""
+        for listener in config.listeners:
+            self._add(listener, config)
+
+    def serve(self) -> None:
+        """Begin to accept; until now the kernel queued."""
+        self._serving = True
+        for listener in self._open.values():
+            self._watch(listener)
+
+    def change(self, config: Config) -> list[str]:
+        """Take over the listeners of a new configuration; the text of each change.
+
+        Raises StartError when a new one cannot be opened, and then nothing has changed.
+        """
+        old = {name: listener.config for name, listener in self._open.items()}
+        new = {listener.name: listener for listener in config.listeners}
+        moved = {name for name in new if name in old and old[name].address != new[name].address}
+        # open first, so that a failure leaves everything as it was
+        opened: dict[str, socket.socket] = {}
+        try:
+            for name, settings in new.items():
+                if name not in old or name in moved:
+                    opened[name] = open_listener(settings, config.server.backlog, only_v6=_only_v6(settings, config))
+        except BaseException:
+            for sock in opened.values():
+                sock.close()
+            raise
+        changes = []
+        for name in [name for name in old if name not in new]:
+            changes.append(f"listener {name} closed; its connections go on")
+            self._close(self._open.pop(name))
+        for name, settings in new.items():
+            if name in opened:
+                if name in self._open:
+                    self._close(self._open.pop(name))
+                listener = self._install(settings, opened[name], old.get(name))
+                changes.append(f"listener {name} opened on {listener.bound}")
+            elif settings != old[name]:
+                self._update(self._open[name], settings)
+                changes.append(f"listener {name} changed")
+        return changes
+
+    def _add(self, settings: ListenerConfig, config: Config) -> None:
+        sock = open_listener(settings, config.server.backlog, only_v6=_only_v6(settings, config))
+        self._install(settings, sock, None)
+
+    def _install(self, settings: ListenerConfig, sock: socket.socket, before: ListenerConfig | None) -> Listener:
+        same = [number for number, known in self._core.listeners.items() if before is not None and known == before]
+        number = same[0] if same and before is not None and _same_streams(before, settings) else self._new_id()
+        listener = Listener(number, settings, sock, _filter(settings), bound_address(sock))
+        self._core.listeners[number] = settings
+        self._open[settings.name] = listener
+        if self._serving:
+            self._watch(listener)
+        return listener
+
+    def _update(self, listener: Listener, settings: ListenerConfig) -> None:
+        if not _same_streams(listener.config, settings):
+            listener.id = self._new_id()
+        listener.config = self._core.listeners[listener.id] = settings
+        listener.filter = _filter(settings)
+
+    def _new_id(self) -> int:
+        self._next_id += 1
+        return self._next_id - 1
+
+    def _close(self, listener: Listener) -> None:
+        self._core.loop.unwatch(listener.sock.fileno())
+        listener.sock.close()
+
+    def stop(self) -> None:
+        """Take what the kernel has completed already, then close all."""
+        for listener in self._open.values():
+            if self._serving:
+                while self._accept_batch(listener) == ACCEPT_BATCH_MAX:
+                    pass
+            self._close(listener)
+        self._open.clear()
+
+    def close_all(self) -> None:
+        """At once, when the start failed."""
+        for listener in self._open.values():
+            self._close(listener)
+        self._open.clear()
+
+    # -- accepting
+
+    def _watch(self, listener: Listener) -> None:
+        listener.paused = False
+        self._core.loop.watch(listener.sock.fileno(), READ, lambda _: self._accept_some(listener))
+
+    def _accept_some(self, listener: Listener) -> None:
+        self._accept_batch(listener)
+
+    def _accept_batch(self, listener: Listener) -> int:
+        """Up to a batch, so that other events get their turn. Returns how many came."""
+        for count in range(ACCEPT_BATCH_MAX):
+            try:
+                accepted = try_accept(listener.sock)
+            except ShortageError as shortage:
+                self._pause(listener, shortage)
+                return count
+            if accepted is None:
+                return count
+            self._admit(listener, *accepted)
+        return ACCEPT_BATCH_MAX
+
+    def _pause(self, listener: Listener, shortage: ShortageError) -> None:
+        self._refused(listener, shortage.reason, "")
+        self._core.loop.unwatch(listener.sock.fileno())
+        listener.paused = True
+        self._core.loop.after(PAUSE_S, lambda: self._resume(listener))
+
+    def _resume(self, listener: Listener) -> None:
+        if listener.paused and self._open.get(listener.config.name) is listener:
+            self._watch(listener)
+
+    def _admit(self, listener: Listener, sock: socket.socket, host: str, port: int) -> None:
+        address = normal_address(host)
+        connections, settings = self._connections, listener.config
+        limits = Limits(self._core.max_clients, settings.max_connections, settings.max_connections_per_address)
+        standing = Standing(
+            permitted=listener.filter.permits(address),
+            stopping=False,
+            active_count=len(connections),
+            listener_count=connections.by_listener[settings.name],
+            address_count=connections.by_address[settings.name, address],
+            free_row_count=connections.free_row_count,
+        )
+        reason = refuse_reason(limits, standing)
+        if reason is not RefuseReason.NONE:
+            sock.close()
+            self._refused(listener, reason, peer_text(address, port))
+            return
+        try:
+            make_ready(sock, settings)
+            cookie = tcp_info.cookie(sock)
+        except OSError:  # it was reset while it waited in the queue
+            sock.close()
+            return
+        connections.take(sock.detach(), cookie, address, port, listener.id)
+
+    def _refused(self, listener: Listener, reason: RefuseReason, peer: str) -> None:
+        self._core.count_refusal(reason)
+        limiter = self._refusals.setdefault(
+            (listener.config.name, reason), log.RateLimiter(REFUSALS_INTERVAL_S, burst=1)
+        )
+        suppressed = limiter.admit(time.monotonic())
+        if suppressed is None:
+            return
+        log.event(
+            logger,
+            logging.WARNING,
+            "connection refused",
+            message_id=log.MessageId.CLIENT_REFUSED,
+            listener=listener.config.name,
+            reason=reason,
+            peer=peer or None,
+            suppressed=suppressed,
+        )
+
+
+def _filter(settings: ListenerConfig) -> AddressFilter:
+    return AddressFilter(settings.allow, settings.deny)
+
+
+def _same_streams(one: ListenerConfig, other: ListenerConfig) -> bool:
+    """Whether streams made under one of them mean the same under the other."""
+    return all(
+        getattr(one, key) == getattr(other, key) for key in ("protocol", "packet_size", "layout", "store", "on_full")
+    )
+
+
+def _only_v6(settings: ListenerConfig, config: Config) -> bool:
+    """[::] leaves IPv4 to another listener on the same port."""
+    others = (other for other in config.listeners if other.name != settings.name and other.port == settings.port)
+    return settings.port != 0 and any(ipaddress.ip_address(other.host).version == 4 for other in others)

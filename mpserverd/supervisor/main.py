@@ -1,0 +1,410 @@
+"""The supervisor process: puts its parts together, starts, serves, and leaves with an exit code.
+
+It is single-threaded, never blocks once it serves, and never reads a packet. What each part does stands in its own
+module: children, connections, accepting, leases, stats_tick, commands, reload, stopping.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Mapping
+
+from mpserverd import log
+from mpserverd.arena.chunks import Arena
+from mpserverd.arena.counters import Role
+from mpserverd.arena.state import SUPERVISOR_SLOT, Head, Phase, Slot, StateTable
+from mpserverd.config.schema import Config
+from mpserverd.errors import StartError
+from mpserverd.net import tcp_info
+from mpserverd.net.channel import Kind, Message
+from mpserverd.net.fdlimit import raise_descriptor_limit
+from mpserverd.supervisor.accepting import Accepting
+from mpserverd.supervisor.children import Child, Children
+from mpserverd.supervisor.commands import Commands
+from mpserverd.supervisor.connections import Connections
+from mpserverd.supervisor.control_server import ControlServer, open_control_socket
+from mpserverd.supervisor.core import SLOTS, Core, Doorbells, hush
+from mpserverd.supervisor.events import EventRing
+from mpserverd.supervisor.leases import Leases
+from mpserverd.supervisor.loop import READ, Loop
+from mpserverd.supervisor.reload import Reload
+from mpserverd.supervisor.resources import (
+    SPARE_CONNECTION_ROWS,
+    SPARE_STREAM_ROWS,
+    STREAM_ROWS_PER_CLIENT,
+    check_memory,
+    fit_clients,
+)
+from mpserverd.supervisor.spawn import Program
+from mpserverd.supervisor.states import ChildState
+from mpserverd.supervisor.stats_tick import StatsTick
+from mpserverd.supervisor.stopping import Stop
+from mpserverd.supervisor.totals import read_totals
+from mpserverd.systemd import Notifier
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 1.0
+HELD_UP_S = 2.0
+"""A tick that comes so late says that the supervisor was held up, maybe the whole machine: it judges no heartbeat."""
+STATUS_INTERVAL_S = 10.0
+START_DEATHS_MAX = 3
+"""A worker that dies so often before it is ready will not start; nor will the daemon."""
+READY_TIMEOUT_S = 60.0
+LEFTOVER_S = 2.0
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def run(
+    config: Config,
+    *,
+    reload_config: Callable[[], Config],
+    programs: Mapping[str, Program],
+    on_ready: Callable[[], None] | None = None,
+) -> int:
+    """Serve until told to stop, and return the exit code: 0, or 1 when something was at risk or nobody could work.
+
+    ``programs["worker"]`` and ``programs["storer"]`` are called with a Launch in forked children. Must be called in the
+    main thread. Raises StartError when the start fails; then nothing is left behind.
+    """
+    log.setup(config.log, process="supervisor")
+    supervisor = Supervisor(config, reload_config, programs)
+    with contextlib.closing(supervisor):
+        return supervisor.serve(on_ready)
+
+
+def make_core(config: Config) -> Core:
+    """Check the limits and take the memory. Raises StartError."""
+    fit = fit_clients(config, raise_descriptor_limit())
+    if fit.why:
+        log.event(
+            logger,
+            logging.WARNING,
+            "max_clients lowered",
+            message_id=log.MessageId.LIMIT_LOWERED,
+            max_clients=fit.max_clients,
+            why=fit.why,
+        )
+    check_memory(config)
+    state = StateTable.create(
+        connections=fit.max_clients + SPARE_CONNECTION_ROWS,
+        streams=STREAM_ROWS_PER_CLIENT * fit.max_clients + SPARE_STREAM_ROWS,
+        slots=SLOTS,
+    )
+    state.words[Head.STARTED_UNIX_NS] = time.time_ns()
+    state.words[Head.STARTED_MONO_NS] = time.monotonic_ns()
+    arena = Arena.create(size_bytes=config.buffers.bytes, chunk_bytes=config.buffers.chunk_bytes)
+    return Core(
+        loop=Loop(),
+        state=state,
+        arena=arena,
+        bells=Doorbells.create(),
+        events=EventRing(),
+        config=config,
+        max_clients=fit.max_clients,
+        clients_max=fit.max_clients,
+    )
+
+
+class Supervisor:
+    """Wires the parts and routes what happens between them; decisions are theirs."""
+
+    def __init__(self, config: Config, reload_config: Callable[[], Config], programs: Mapping[str, Program]) -> None:
+        self._core = core = make_core(config)
+        self._notifier = Notifier()
+        self._children = Children(core, programs)
+        self._connections = Connections(core, self._children)
+        self._accepting = Accepting(core, self._connections)
+        self._leases = Leases(core)
+        self._stats = StatsTick(core, self._children, self._connections)
+        self._reload = Reload(core, self._children, self._connections, self._accepting, reload_config)
+        commands = Commands(core, self._children, self._connections, self._accepting, self._reload)
+        self._answer = commands.answer
+        self._control: ControlServer | None = None
+        self._stop: Stop | None = None
+        self._exit_code = 0
+        self._tick_due_s = 0.0
+        self._status_s = 0.0
+        self._status = ""
+        self._recheck_pending = False
+        self._ready = False
+        self._children.on_message = self._obey
+        self._children.on_ready = self._child_ready
+        self._children.on_drained = self._children.let_leave
+        self._children.on_death = self._child_died
+        self._children.on_gone = self._child_gone
+
+    # -- life
+
+    def serve(self, on_ready: Callable[[], None] | None) -> int:
+        loop = self._core.loop
+        with loop.signals(SIGNALS, self._signalled):
+            self._open()
+            self._start_children()
+            loop.watch(self._core.bells.supervisor, READ, lambda _: self._doorbell())
+            self._tick_due_s = time.monotonic()
+            self._tick()
+            self._start_watchdog()
+            self._await_ready()
+            if self._stop is None:
+                self._say_ready()
+                if on_ready is not None:
+                    on_ready()
+            if self._stop is None or not self._over():
+                loop.run()
+        return self._say_goodbye()
+
+    def _open(self) -> None:
+        path = self._core.config.server.control_socket
+        control = open_control_socket(path)
+        self._control = ControlServer(self._core, path, control, self._answer)
+        self._accepting.open_all(self._core.config)
+
+    def _start_children(self) -> None:
+        self._children.fork(self._children.add_storer())
+        for index in range(self._core.config.server.workers):
+            self._children.fork(self._children.add_worker(index))
+
+    def _await_ready(self) -> None:
+        """Raises StartError when a child cannot start. A signal to stop ends the wait."""
+        deadline_s = time.monotonic() + READY_TIMEOUT_S
+        while self._stop is None and not all(child.was_ready for child in self._children):
+            self._core.loop.run_once()
+            for child in self._children:
+                failures = child.restarts >= (1 if child.role is Role.STORER else START_DEATHS_MAX)
+                if not child.was_ready and failures:
+                    raise StartError(f"{child.name} cannot start: {child.last_words or 'see its lines above'}")
+            storer = self._children.storer()
+            recovering = storer is not None and storer.state is ChildState.STARTING
+            if time.monotonic() > deadline_s and not recovering:
+                names = ", ".join(child.name for child in self._children if not child.was_ready)
+                raise StartError(f"not ready after {READY_TIMEOUT_S:.0f} s: {names}")
+
+    def _say_ready(self) -> None:
+        core = self._core
+        self._ready = True
+        core.set_head(Head.PHASE, Phase.SERVING)
+        self._accepting.serve()
+        if self._control is not None:
+            self._control.serve()
+        core.note(
+            logger,
+            logging.INFO,
+            "ready",
+            message_id=log.MessageId.DAEMON_READY,
+            pid=os.getpid(),
+            listeners=",".join(f"{each.config.name}={each.bound}" for each in self._accepting.listeners()),
+            workers=len(self._children.workers()),
+            max_clients=core.max_clients,
+            control=core.config.server.control_socket,
+        )
+        self._notifier.ready("serving")
+
+    def _over(self) -> bool:
+        return not self._children.alive()
+
+    def _say_goodbye(self) -> int:
+        totals = read_totals(self._core.state)
+        unread = sum(unread_bytes_of(connection.fd) for connection in self._connections.all())
+        at_risk = totals.at_risk_bytes + unread
+        log.event(
+            logger,
+            logging.ERROR if at_risk else logging.INFO,
+            "stopped",
+            message_id=log.MessageId.DAEMON_STOPPED,
+            connections=totals.connections,
+            received_bytes=totals.received_bytes,
+            durable_bytes=totals.durable_bytes,
+            dropped_bytes=totals.dropped_bytes,
+            at_risk_bytes=at_risk,
+            verdict="not everything became durable" if at_risk else "nothing was lost",
+        )
+        return 1 if at_risk else self._exit_code
+
+    def close(self) -> None:
+        """Leave nothing behind, whatever happened."""
+        self._accepting.close_all()
+        leftovers = self._children.alive()
+        for child in leftovers:
+            child.wanted = False
+            self._children.kill(child, "the supervisor leaves")
+        deadline_s = time.monotonic() + LEFTOVER_S
+        while self._children.alive() and time.monotonic() < deadline_s:
+            self._core.loop.run_once()
+        self._connections.close_all()
+        if self._control is not None:
+            self._control.close()
+        self._notifier.close()
+        self._core.close()
+
+    # -- what children say and do
+
+    def _obey(self, child: Child, message: Message) -> None:
+        kind = message.kind
+        if kind is Kind.NEED:
+            self._leases.need(child, message.value, time.monotonic())
+        elif kind is Kind.ENDED:
+            self._connections.ended(message.row)
+        elif kind is Kind.RELEASED:
+            self._connections.released(message.row)
+        elif kind in (Kind.OPENED, Kind.FREED):
+            self._recheck_soon()
+        elif kind is Kind.EVENT and message.payload is not None:
+            fields = {key: value for key, value in message.payload.items() if key not in ("event", "source")}
+            self._core.events.add(str(message.payload.get("event", "event")), source=child.name, **fields)
+
+    def _recheck_soon(self) -> None:
+        """A thousand streams may open or end at once; they are looked at together."""
+        if not self._recheck_pending:
+            self._recheck_pending = True
+            self._core.loop.after(0.0, self._recheck)
+
+    def _recheck(self) -> None:
+        self._recheck_pending = False
+        self._connections.recheck(time.monotonic())
+
+    def _doorbell(self) -> None:
+        hush(self._core.bells.supervisor)
+        self._leases.retry()
+        self._recheck()
+
+    def _child_ready(self, child: Child) -> None:
+        log.event(
+            logger,
+            logging.INFO,
+            "child started",
+            message_id=log.MessageId.CHILD_STARTED,
+            child=child.name,
+            pid=child.pid,
+            restarts=child.restarts,
+        )
+        if child.role is Role.WORKER:
+            self._connections.house()
+        else:
+            self._core.ring_storer()
+
+    def _child_died(self, child: Child) -> None:
+        if child.role is Role.WORKER:
+            self._leases.revoke(child)
+            self._connections.orphan(child)
+
+    def _child_gone(self, child: Child) -> None:
+        if self._core.stopping or not self._ready:
+            return
+        if child.role is Role.STORER:
+            self._children.fork(self._children.add_storer())
+        elif all(each.state is ChildState.GIVEN_UP for each in self._children.workers()):
+            self._exit_code = 1
+            self._begin_stop("no worker can be started")
+
+    # -- time and signals
+
+    def _tick(self) -> None:
+        now_ns = time.monotonic_ns()
+        now_s = now_ns / 1e9
+        late_s = now_s - self._tick_due_s
+        self._tick_due_s = now_s + TICK_S
+        self._core.loop.after(TICK_S, self._tick)
+        slot = self._core.state.slots[SUPERVISOR_SLOT]
+        slot[Slot.PID] = os.getpid()
+        slot[Slot.HEARTBEAT_MONO_NS] = now_ns
+        slot[Slot.CONNECTIONS] = len(self._connections)
+        if late_s < HELD_UP_S:
+            self._children.check_heartbeats(now_ns)
+        self._connections.scan()
+        self._connections.recheck(now_s)
+        self._leases.retry()
+        self._stats.tick(now_ns)
+        if self._control is not None:
+            self._control.check_deadlines(now_s)
+        if self._ready and now_s - self._status_s >= STATUS_INTERVAL_S:
+            self._say_status(now_s)
+
+    def _say_status(self, now_s: float) -> None:
+        self._status_s = now_s
+        rate = sum(int(self._core.state.slots[child.slot, Slot.RATE_MILLI]) for child in self._children.workers())
+        status = f"{len(self._connections)} clients, {rate // 1000} packets/s"
+        if status != self._status:
+            self._status = status
+            self._notifier.status(status)
+
+    def _start_watchdog(self) -> None:
+        interval_s = self._notifier.watchdog_interval_s()
+        if interval_s is not None:
+            self._notifier.watchdog()
+            self._core.loop.after(interval_s, self._start_watchdog)
+
+    def _signalled(self, number: int) -> None:
+        actions: dict[int, Callable[[], None]] = {
+            signal.SIGTERM: functools.partial(self._begin_stop, "SIGTERM"),
+            signal.SIGINT: functools.partial(self._begin_stop, "SIGINT"),
+            signal.SIGHUP: self._reload_on_signal,
+            signal.SIGUSR1: self._log_summary,
+            signal.SIGUSR2: self._reopen_logs,
+        }
+        actions[number]()
+
+    def _begin_stop(self, why: str) -> None:
+        """The first time in order; the second time at once."""
+        if self._stop is not None:
+            self._stop.force(f"{why} once more")
+            return
+        self._notifier.stopping()
+        self._stop = Stop(self._core, self._children, self._connections, self._accepting, self._core.loop.stop)
+        self._stop.begin(why)
+
+    def _reload_on_signal(self) -> None:
+        self._notifier.reloading()
+        self._reload.request_quietly()
+        self._notifier.ready(self._status or "serving")
+
+    def _reopen_logs(self) -> None:
+        log.reopen()
+        self._children.broadcast(Kind.REOPEN_LOG)
+
+    def _log_summary(self) -> None:
+        slots = self._core.state.slots
+        workers = self._children.workers()
+        log.event(
+            logger,
+            logging.INFO,
+            "status",
+            message_id=log.MessageId.STATUS_SUMMARY,
+            connections=len(self._connections),
+            max_clients=self._core.max_clients,
+            packets_per_s=sum(int(slots[child.slot, Slot.RATE_MILLI]) for child in workers) // 1000,
+            free_chunks=self._core.arena.table.free_count(),
+            chunks=self._core.arena.count,
+        )
+        for child in self._children:
+            log.event(
+                logger,
+                logging.INFO,
+                "status of a child",
+                child=child.name,
+                pid=child.pid,
+                state=child.state.value,
+                restarts=child.restarts,
+                connections=len(child.rows),
+                packets_per_s=int(slots[child.slot, Slot.RATE_MILLI]) // 1000,
+                cpu_percent=int(slots[child.slot, Slot.CPU_MILLI]) / 10,
+                rss_bytes=int(slots[child.slot, Slot.RSS_BYTES]),
+            )
+
+
+def unread_bytes_of(fd: int) -> int:
+    """What waits in a connection that nobody owns any more: its worker is dead."""
+    sock = socket.socket(fileno=os.dup(fd))
+    try:
+        return tcp_info.unread_bytes(sock)
+    except OSError:
+        return 0
+    finally:
+        sock.close()

@@ -1,0 +1,207 @@
+"""A new configuration without a restart: take over what differs, then move every connection to fresh processes.
+
+A configuration that is wrong, or a listener that cannot be opened, changes nothing. What needs a restart is kept as
+it was and named. Fresh workers start beside the old ones; when they are ready the old ones hand over their
+connections, one by one and without a gap, and leave. The storer is replaced by itself: one writer at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from mpserverd import log
+from mpserverd.arena.counters import Role
+from mpserverd.arena.state import Str, StreamState
+from mpserverd.config.schema import Config
+from mpserverd.errors import ConfigError, StartError
+from mpserverd.net.channel import Kind
+from mpserverd.supervisor.accepting import Accepting
+from mpserverd.supervisor.children import Child, Children
+from mpserverd.supervisor.connections import Connections
+from mpserverd.supervisor.core import Core
+from mpserverd.supervisor.settings import effective
+from mpserverd.supervisor.states import ChildState
+
+logger = logging.getLogger(__name__)
+
+STEP_INTERVAL_S = 0.05
+FRESH_TIMEOUT_S = 20.0
+"""Fresh workers that are not ready by then: go on with those that are, or give the move up if none is."""
+RETIRE_TIMEOUT_S = 15.0
+"""An old worker that still holds connections then is killed; they are adopted."""
+STORER_TIMEOUT_S = 30.0
+
+
+class Reload:
+    """One after the other; a request while processes are being replaced is taken up after that."""
+
+    def __init__(
+        self,
+        core: Core,
+        children: Children,
+        connections: Connections,
+        accepting: Accepting,
+        read_config: Callable[[], Config],
+    ) -> None:
+        self._core = core
+        self._children = children
+        self._connections = connections
+        self._accepting = accepting
+        self._read_config = read_config
+        self._fresh: list[Child] = []
+        self._old: list[Child] = []
+        self._since_s = 0.0
+        self._again = False
+
+    @property
+    def under_way(self) -> bool:
+        return bool(self._fresh or self._old)
+
+    def request(self) -> dict[str, Any]:
+        """Reload, and say what came of it. Raises ConfigError or StartError; then nothing has changed."""
+        if self._core.stopping:
+            raise StartError("the daemon stops")
+        if self.under_way:
+            self._again = True
+            return {"changed": [], "needs_restart": [], "note": "a reload is under way; another one follows it"}
+        try:
+            config, kept = effective(self._core.config, self._read_config(), self._core.clients_max)
+            changed = self._accepting.change(config)
+        except (ConfigError, StartError) as error:
+            self._refused(error)
+            raise
+        changed += self._take_over(config)
+        for key in kept:
+            log.event(
+                logger, logging.WARNING, "needs a restart", message_id=log.MessageId.SETTING_NEEDS_RESTART, key=key
+            )
+        self._core.count("reloads")
+        self._core.note(
+            logger,
+            logging.INFO,
+            "configuration reloaded",
+            message_id=log.MessageId.RELOAD_DONE,
+            changed="; ".join(changed) or "nothing",
+            needs_restart=", ".join(kept) or "nothing",
+        )
+        self._replace_processes()
+        return {"changed": changed, "needs_restart": kept}
+
+    def _refused(self, error: ConfigError | StartError) -> None:
+        self._core.count("reloads_refused")
+        self._core.note(
+            logger,
+            logging.ERROR,
+            "reload refused",
+            message_id=log.MessageId.RELOAD_REFUSED,
+            error=str(error).replace("\n", "; "),
+            goes_on="with the configuration in use",
+        )
+
+    def _take_over(self, config: Config) -> list[str]:
+        core = self._core
+        changed = [
+            f"{section}.{field.name}"
+            for section in ("server", "spool", "log")
+            for field in dataclasses.fields(getattr(config, section))
+            if getattr(getattr(config, section), field.name) != getattr(getattr(core.config, section), field.name)
+        ]
+        if config.clients != core.config.clients:
+            changed.append("clients")
+        log_changed = config.log != core.config.log
+        core.config = config
+        core.max_clients = min(config.server.max_clients, core.clients_max)
+        self._connections.use_clients()
+        if log_changed:
+            try:
+                log.setup(config.log, process="supervisor")
+            except StartError as error:
+                log.event(logger, logging.ERROR, "log targets stay as they were", error=error)
+        self._forget_unused_listeners()
+        return changed
+
+    def _forget_unused_listeners(self) -> None:
+        """Settings of closed listeners are needed as long as a row names them."""
+        streams = self._core.state.streams
+        used = set(np.unique(streams[streams[:, Str.STATE] != StreamState.FREE, Str.LISTENER]).tolist())
+        used |= {listener.id for listener in self._accepting.listeners()}
+        used |= {connection.listener for connection in self._connections.all()}
+        for number in [number for number in self._core.listeners if number not in used]:
+            del self._core.listeners[number]
+
+    # -- fresh processes
+
+    def _replace_processes(self) -> None:
+        children = self._children
+        for child in [child for child in children.workers() if child.state is ChildState.GIVEN_UP]:
+            children.forget(child)
+        self._old = children.workers()
+        children.generation += 1
+        self._fresh = [children.add_worker(index) for index in range(self._core.config.server.workers)]
+        for child in self._fresh:
+            children.fork(child)
+        self._since_s = time.monotonic()
+        self._step()
+
+    def _step(self) -> None:
+        if self._core.stopping:
+            self._fresh, self._old = [], []
+            return
+        if self._fresh:
+            self._await_fresh()
+        elif self._old:
+            self._await_old()
+        if self.under_way:
+            self._core.loop.after(STEP_INTERVAL_S, self._step)
+        elif self._again:
+            self._again = False
+            self.request_quietly()
+
+    def request_quietly(self) -> None:
+        """For signals: what is wrong has been logged."""
+        try:
+            self.request()
+        except (ConfigError, StartError):
+            return
+
+    def _await_fresh(self) -> None:
+        ready = [child for child in self._fresh if child.state is ChildState.RUNNING]
+        late = time.monotonic() - self._since_s > FRESH_TIMEOUT_S
+        if len(ready) == len(self._fresh) or (late and ready):
+            self._fresh = []
+            self._since_s = time.monotonic()
+            for child in self._old:
+                self._children.tell_to_stop(child, Kind.DETACH_ALL)
+            storer = self._children.storer()
+            if storer is not None:
+                self._children.tell_to_stop(storer, Kind.DETACH_ALL)
+                self._old.append(storer)
+        elif late:
+            self._core.note(logger, logging.ERROR, "fresh workers do not start", goes_on="with the old ones")
+            for child in self._fresh:
+                child.wanted = False
+                if child.state.alive:
+                    self._children.kill(child, "the reload was given up")
+                elif child.state is ChildState.GIVEN_UP:
+                    self._children.forget(child)
+                else:
+                    self._children.tell_to_stop(child, Kind.DETACH_ALL)
+            self._fresh, self._old = [], []
+
+    def _await_old(self) -> None:
+        """Gone ones leave the list; those that take too long are killed, and what they own is adopted."""
+        here = list(self._children)
+        self._old = [child for child in self._old if child in here]
+        waited_s = time.monotonic() - self._since_s
+        for child in self._old:
+            timeout_s = STORER_TIMEOUT_S if child.role is Role.STORER else RETIRE_TIMEOUT_S
+            if waited_s > timeout_s and child.state is ChildState.STOPPING:
+                self._children.kill(child, f"did not hand over within {timeout_s:g} s")
+        if not self._old:
+            log.event(logger, logging.INFO, "processes replaced", workers=len(self._children.workers()))

@@ -1,0 +1,94 @@
+"""Do the limits add up? Memory for the arena, descriptors and chunks for the clients; before anything is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+from mpserverd.arena.state import CONNECTION_WORDS, LATENCY_BUCKETS, NAME_BYTES, STREAM_WORDS
+from mpserverd.config.schema import Config
+from mpserverd.errors import StartError
+from mpserverd.limits import CHUNKS_PER_CONNECTION
+from mpserverd.net.fdlimit import clients_that_fit
+
+SPARE_CONNECTION_ROWS = 16
+SPARE_STREAM_ROWS = 64
+STREAM_ROWS_PER_CLIENT = 2
+"""A stream may still be draining while its row's successor is connected."""
+_WORD_BYTES = 8
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fit:
+    """``max_clients`` that can be served; ``why`` says what lowered it, "" when nothing did."""
+
+    max_clients: int
+    why: str
+
+
+def fit_clients(config: Config, descriptor_limit: int) -> Fit:
+    """How many clients descriptors and chunks allow. Raises StartError when not even one."""
+    wanted = config.server.max_clients
+    chunk_count = config.buffers.bytes // config.buffers.chunk_bytes
+    bounds = {
+        f"{descriptor_limit} file descriptors (raise LimitNOFILE)": clients_that_fit(descriptor_limit),
+        f"{chunk_count} chunks of [buffers], {CHUNKS_PER_CONNECTION} a client (raise buffers.bytes)": chunk_count
+        // CHUNKS_PER_CONNECTION,
+    }
+    reason, least = min(bounds.items(), key=lambda item: item[1])
+    if least < 1:
+        raise StartError(f"{reason} are not enough for a single client; {wanted} are wanted")
+    why = f"{reason} are enough for {least} clients, server.max_clients is {wanted}" if least < wanted else ""
+    return Fit(min(wanted, least), why)
+
+
+def check_memory(config: Config, *, proc: str = "/proc", cgroups: str = "/sys/fs/cgroup") -> None:
+    """Raise StartError when the arena and the tables do not fit into what is available now."""
+    needed = config.buffers.bytes + _table_bytes(config.server.max_clients)
+    for what, available in _available_bytes(pathlib.Path(proc), pathlib.Path(cgroups)):
+        if needed > available:
+            raise StartError(
+                f"shared memory needs {needed} bytes, {what} leaves {available}; "
+                "lower buffers.bytes or server.max_clients, or free memory"
+            )
+
+
+def _table_bytes(max_clients: int) -> int:
+    stream_bytes = (STREAM_WORDS + LATENCY_BUCKETS) * _WORD_BYTES + NAME_BYTES
+    streams = STREAM_ROWS_PER_CLIENT * max_clients + SPARE_STREAM_ROWS
+    return (max_clients + SPARE_CONNECTION_ROWS) * CONNECTION_WORDS * _WORD_BYTES + streams * stream_bytes
+
+
+def _available_bytes(proc: pathlib.Path, cgroups: pathlib.Path) -> list[tuple[str, int]]:
+    """Every bound that is known here, by name. A system that hides them (ProcSubset=pid) has fewer."""
+    found = []
+    for line in _read(proc / "meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            found.append(("MemAvailable", int(line.split()[1]) * 1024))
+    for line in _read(proc / "self/cgroup").splitlines():
+        hierarchy, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if hierarchy == "0":
+            found += _cgroup_bounds(cgroups, path, "memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            found += _cgroup_bounds(cgroups / "memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes")
+    return found
+
+
+def _cgroup_bounds(root: pathlib.Path, path: str, limit: str, used: str) -> list[tuple[str, int]]:
+    """The limit of each group from ours up to the root, less what is used in it."""
+    found = []
+    group = root / path.lstrip("/")
+    while True:
+        limit_text, used_text = _read(group / limit).strip(), _read(group / used).strip()
+        if limit_text.isdigit() and used_text.isdigit():
+            found.append((f"{group / limit}", max(0, int(limit_text) - int(used_text))))
+        if group in (root, group.parent):
+            return found
+        group = group.parent
+
+
+def _read(path: pathlib.Path) -> str:
+    try:
+        return path.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""
