@@ -94,8 +94,8 @@ SEGMENT_BYTES_MIN = 64 * KIB
 SEGMENT_BYTES_MAX = 16 * GIB
 """A segment is what retention frees and verify reads at once."""
 
-SPOOL_BYTES_MAX = 1 << 60
-"""Fits SQLite's signed 64-bit integers with room for sums."""
+SPOOL_BYTES_MAX = 1024 * TIB
+"""Fits SQLite's signed 64-bit integers with much room for sums."""
 
 COMMIT_INTERVAL_S_MIN, COMMIT_INTERVAL_S_MAX = 0.001, 60.0
 """Below a millisecond a cycle's own cost is the floor; above a minute the arena is the limit."""

@@ -39,7 +39,19 @@ class Kind(Protocol):
     def wants(self) -> str: ...
 
 
-def _within(value: float, kind: Integer | Number) -> bool:
+def size_text(size_bytes: int) -> str:
+    """The size in the largest unit that divides it: ``64 MiB``; a plain number below 1 KiB."""
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        if size_bytes and size_bytes % _SIZE_UNITS[unit] == 0:
+            return f"{size_bytes // _SIZE_UNITS[unit]} {unit}"
+    return str(size_bytes)
+
+
+def number_text(number: float) -> str:
+    return str(int(number)) if number == int(number) else str(number)
+
+
+def _within(value: float, kind: Integer | Size | Number) -> bool:
     return kind.least <= value <= kind.most or (kind.zero != "" and value == 0)
 
 
@@ -77,7 +89,11 @@ class Size:
             if match is None:
                 raise WrongValueError(f'not a size; write bytes, or text such as "64 MiB"; {self.wants()}')
             value = int(match[1]) * _SIZE_UNITS[match[2]]
-        size_bytes = Integer(self.least, self.most, self.zero).parse(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise WrongValueError(f"not a whole number; {self.wants()}")
+        size_bytes = value
+        if not _within(size_bytes, self):
+            raise WrongValueError(f"out of range; {self.wants()}")
         if size_bytes % self.multiple_of:
             below = size_bytes - size_bytes % self.multiple_of
             nearest = max(below, -(-self.least // self.multiple_of) * self.multiple_of)
@@ -85,8 +101,9 @@ class Size:
         return size_bytes
 
     def wants(self) -> str:
-        text = Integer(self.least, self.most, self.zero).wants()
-        return text + (f", a multiple of {self.multiple_of}" if self.multiple_of > 1 else "")
+        text = f"{size_text(self.least)} to {size_text(self.most)}"
+        text += f", or 0 = {self.zero}" if self.zero else ""
+        return text + (f", a multiple of {size_text(self.multiple_of)}" if self.multiple_of > 1 else "")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -103,7 +120,7 @@ class Number:
         return float(value)
 
     def wants(self) -> str:
-        return f"{self.least:g} to {self.most:g}" + (f", or 0 = {self.zero}" if self.zero else "")
+        return f"{number_text(self.least)} to {number_text(self.most)}" + (f", or 0 = {self.zero}" if self.zero else "")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
