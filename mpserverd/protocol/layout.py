@@ -17,7 +17,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-PACKET_SIZE_MAX = 65_536
+from mpserverd.limits import LAYOUT_FIELDS_MAX, PACKET_BYTES_MAX
+
 FIELD_NAME_CHARACTERS_MAX = 64
 SEQUENCE_KINDS = "iu"
 FIELD_SIZES: dict[str, tuple[int, ...] | None] = {
@@ -162,8 +163,10 @@ def field_type(code: object) -> np.dtype[Any]:
 def faults(size: object, fields: FieldPairs, sequence: str | None, time: str | None) -> list[str]:
     """All that is wrong with a layout, a phrase each; empty when it is fine."""
     found: list[str] = []
-    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= PACKET_SIZE_MAX:
-        return [f"size is {size!r}, it must be a number from 1 to {PACKET_SIZE_MAX}"]
+    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= PACKET_BYTES_MAX:
+        return [f"size is {size!r}, it must be a number from 1 to {PACKET_BYTES_MAX}"]
+    if len(fields) > LAYOUT_FIELDS_MAX:
+        return [f"it has {len(fields)} fields, at most {LAYOUT_FIELDS_MAX} are possible"]
     kinds: dict[str, np.dtype[Any]] = {}
     for name, code in fields:
         if not _is_field_name(name):

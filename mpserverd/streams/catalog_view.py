@@ -14,6 +14,7 @@ import sqlite3
 from collections import defaultdict
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class StreamRow:
     epoch: str
     directory: str
     packet_size: int
-    layout: PacketLayout
+    layout_json: str | None
     created_unix_ns: int
     updated_unix_ns: int
     connected: bool
@@ -79,6 +80,21 @@ class StreamRow:
     dropped: int
     lost: int
     current: bool = True
+
+    @cached_property
+    def layout(self) -> PacketLayout:
+        """What its packets look like. Raises DamageError when the catalog's row makes no sense, or is of a later
+        version."""
+        try:
+            if self.layout_json is None:
+                return PacketLayout.opaque(self.packet_size)
+            layout = PacketLayout.from_json(self.layout_json)
+            if layout.size == self.packet_size:
+                return layout
+            fault = f"its layout has packets of {layout.size} bytes, the stream of {self.packet_size}"
+        except ValueError as error:
+            fault = str(error)
+        raise DamageError(f"the catalog's row of stream {self.full_name} makes no sense: {fault}")
 
     @property
     def full_name(self) -> str:
@@ -162,12 +178,6 @@ def _stream_row(connection: sqlite3.Connection, found: tuple[Any, ...]) -> Strea
 
 def _row_of(found: tuple[Any, ...], *, current: bool) -> StreamRow:
     stream, name, epoch, directory, packet_size, layout, created, updated, connected, first, durable, *totals = found
-    try:
-        packets = PacketLayout.from_json(layout) if layout else PacketLayout.opaque(packet_size)
-        if packets.size != packet_size:
-            raise ValueError(f"its layout has packets of {packets.size} bytes, the stream of {packet_size}")
-    except ValueError as error:
-        raise DamageError(f"the catalog's row of stream {name} makes no sense: {error}") from error
     holes, dropped, lost = (int(total or 0) for total in totals)
     return StreamRow(
         id=stream,
@@ -175,7 +185,7 @@ def _row_of(found: tuple[Any, ...], *, current: bool) -> StreamRow:
         epoch=epoch,
         directory=directory,
         packet_size=packet_size,
-        layout=packets,
+        layout_json=layout or None,
         created_unix_ns=created or 0,
         updated_unix_ns=updated or 0,
         connected=bool(connected),

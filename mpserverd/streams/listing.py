@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpserverd.streams.catalog_view import STREAMS_DIRECTORY, StreamSnapshot, all_streams
+from mpserverd.errors import DamageError
+from mpserverd.streams.catalog_view import STREAMS_DIRECTORY, StreamRow, StreamSnapshot, all_streams
 from mpserverd.streams.extents import stored_bytes
 from mpserverd.streams.times import iso_utc
 
@@ -64,7 +65,14 @@ def describe(spool: Path, snapshot: StreamSnapshot) -> StreamInfo:
         holes=len(holes),
         hole_bytes=sum(hole.end - hole.first for hole in holes),
         segments=len(snapshot.segments),
-        layout=row.layout.name or None,
+        layout=_layout_name(row),
         current=row.current,
         directory=spool / STREAMS_DIRECTORY / row.directory,
     )
+
+
+def _layout_name(row: StreamRow) -> str | None:
+    try:
+        return row.layout.name or None
+    except DamageError:
+        return "unknown"

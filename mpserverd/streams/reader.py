@@ -79,6 +79,7 @@ class Stream:
     def __init__(self, spool: Path, snapshot: StreamSnapshot) -> None:
         self.spool = spool
         self._snapshot = snapshot
+        self.dtype = snapshot.row.layout.dtype
         self.directory = spool / STREAMS_DIRECTORY / snapshot.row.directory
         self._files = SegmentFiles(self.directory)
 
@@ -122,10 +123,6 @@ class Stream:
     @property
     def layout(self) -> PacketLayout:
         return self.row.layout
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.row.layout.dtype
 
     @property
     def connected(self) -> bool:
@@ -226,12 +223,12 @@ class Stream:
         batch_packets: int = BATCH_PACKETS,
         holes: bool = True,
         timeout_s: float | None = None,
-        wait: Callable[[float], object] = time.sleep,
+        wait: Callable[[float], object] | None = None,
     ) -> Iterator[Batch | Hole]:
         """Packets from ``start`` (default: the next one to come) on, waiting for more, for ever.
 
-        With ``timeout_s`` it ends when nothing has come for that long. ``wait(seconds)`` is called between two looks
-        at the catalog, 0.05 to 1 s apart; to stop it from outside, raise there, or close the generator.
+        With ``timeout_s`` it ends when nothing has come for that long. ``wait(seconds)`` (sleep) is called between
+        two looks at the catalog, 0.05 to 1 s apart; to stop it from outside, raise there, or close the generator.
         """
         at = self.end_index if start is None else start
         pause_s, waited_s = FOLLOW_POLL_S_MIN, 0.0
@@ -242,7 +239,7 @@ class Stream:
             if not self.refresh():
                 if timeout_s is not None and waited_s >= timeout_s:
                     return
-                wait(pause_s)
+                (wait or time.sleep)(pause_s)
                 waited_s += pause_s
                 pause_s = min(2 * pause_s, FOLLOW_POLL_S_MAX)
 

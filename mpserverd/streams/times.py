@@ -66,7 +66,7 @@ def index_at(snapshot: StreamSnapshot, directory: Path, unix_ns: int) -> int:
         offset = row.durable
     else:
         for segment in reversed(snapshot.segments):
-            found = _newest_before(_read_index(directory / segment.index_name, row.durable), unix_ns)
+            found = _newest_before(read_index(directory / segment.index_name, row.durable), unix_ns)
             if found is not None:
                 offset = max(offset, found)
                 break
@@ -80,11 +80,12 @@ def _newest_before(entries: npt.NDArray[np.void], unix_ns: int) -> int | None:
     return int(entries["offset"][count - 1]) if count else None
 
 
-def _read_index(path: Path, durable: int) -> npt.NDArray[np.void]:
-    """The entries of one index file that can be true; none when there is no such file."""
+def read_index(path: Path, durable: int | None) -> npt.NDArray[np.void]:
+    """The entries of one index file, up to ``durable`` if given; none when there is no such file."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         content = b""
     entries = np.frombuffer(content, INDEX_ENTRY, len(content) // INDEX_ENTRY.itemsize)
-    return entries[(entries["unix_ns"] > 0) & (entries["offset"] <= durable)]
+    entries = entries[entries["unix_ns"] > 0]
+    return entries if durable is None else entries[entries["offset"] <= durable]

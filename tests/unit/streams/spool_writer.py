@@ -7,23 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sqlite3
 import struct
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
-SCHEMA = """
-CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT);
-CREATE TABLE stream(id INTEGER PRIMARY KEY, name TEXT, epoch TEXT, directory TEXT UNIQUE, packet_size INTEGER, layout TEXT,
-  created_unix_ns INTEGER, updated_unix_ns INTEGER, connected INTEGER, first_offset INTEGER,
-  durable INTEGER, stored_holes INTEGER, dropped INTEGER, lost INTEGER, truncated INTEGER, handshake INTEGER,
-  socket INTEGER, retired INTEGER, acked INTEGER, gaps INTEGER, missing INTEGER, repeats INTEGER, reordered INTEGER,
-  UNIQUE(name, epoch));
-CREATE TABLE segment(stream INTEGER, first INTEGER, end INTEGER, state TEXT, sha256 TEXT, PRIMARY KEY(stream, first));
-CREATE TABLE hole(stream INTEGER, first INTEGER, end INTEGER, kind TEXT, PRIMARY KEY(stream, first));
-CREATE TABLE total(name TEXT PRIMARY KEY, value INTEGER);
-CREATE TABLE released(number INTEGER PRIMARY KEY);
+SCHEMA = """ CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT); CREATE TABLE stream(id INTEGER PRIMARY KEY, name
+TEXT, epoch TEXT, directory TEXT UNIQUE, packet_size INTEGER, layout TEXT, created_unix_ns INTEGER, updated_unix_ns
+INTEGER, connected INTEGER, first_offset INTEGER, durable INTEGER, stored_holes INTEGER, dropped INTEGER, lost
+INTEGER, truncated INTEGER, handshake INTEGER, socket INTEGER, retired INTEGER, acked INTEGER, gaps INTEGER, missing
+INTEGER, repeats INTEGER, reordered INTEGER, UNIQUE(name, epoch)); CREATE TABLE segment(stream INTEGER, first INTEGER,
+end INTEGER, state TEXT, sha256 TEXT, PRIMARY KEY(stream, first)); CREATE TABLE hole(stream INTEGER, first INTEGER,
+end INTEGER, kind TEXT, PRIMARY KEY(stream, first)); CREATE TABLE total(name TEXT PRIMARY KEY, value INTEGER); CREATE
+TABLE released(number INTEGER PRIMARY KEY);
 """
 SAMPLE16 = {
     "name": "sample16",
@@ -73,19 +70,20 @@ class SpoolWriter:
         last_open: bool = True,
         sealed_sums: bool = True,
     ) -> int:
-        """A stream of ``content`` from offset 0 on, cut into segments at ``cuts``; below ``first_offset`` nothing is kept.
+        """A stream of ``content`` from offset 0 on, cut into segments at ``cuts``; below ``first_offset`` nothing is
+        kept.
 
-        Bytes in holes are written as zeros. The last segment is open, longer than its content; ``states`` overrides states by
-        first offset.
+        Bytes in holes are written as zeros. The last segment is open, longer than its content; ``states`` overrides
+        states by first offset.
         """
         holes = list(holes)
         data = bytearray(content)
         for first, end, _ in holes:
             data[first:end] = bytes(end - first)
-        directory = f"{name}-{epoch[:4]}"
+        directory = f"{name}-{epoch}"
         stream = self.add_row(name, directory, packet_size, first_offset, len(content), holes, epoch, layout, connected)
         bounds = [first_offset, *(cut for cut in cuts if first_offset < cut < len(content)), len(content)]
-        for first, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for first, end in pairwise(bounds):
             is_open = last_open and end == len(content)
             state = (states or {}).get(first, "open" if is_open else "sealed")
             self.add_segment(stream, directory, first, bytes(data[first:end]), state, sealed_sums=sealed_sums)
@@ -106,8 +104,9 @@ class SpoolWriter:
         (self.path / "streams" / directory).mkdir()
         lengths = {kind: sum(e - f for f, e, k in holes if k == kind) for kind in ("dropped", "lost")}
         cursor = self.catalog.execute(
-            "INSERT INTO stream(name, epoch, directory, packet_size, layout, created_unix_ns, updated_unix_ns, connected,"
-            " first_offset, durable, stored_holes, dropped, lost, retired) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+            "INSERT INTO stream(name, epoch, directory, packet_size, layout, created_unix_ns, updated_unix_ns,"
+            " connected, first_offset, durable, stored_holes, dropped, lost, retired)"
+            " VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
             (
                 name,
                 epoch,
@@ -166,7 +165,8 @@ class SpoolWriter:
     def roll(self, stream: int, content: bytes) -> None:
         """Seal the open segment and begin another with ``content``."""
         first, durable, directory = self.catalog.execute(
-            "SELECT segment.first, durable, directory FROM segment JOIN stream ON id = stream WHERE stream = ? AND end IS NULL",
+            "SELECT segment.first, durable, directory FROM segment JOIN stream ON id = stream"
+            " WHERE stream = ? AND end IS NULL",
             (stream,),
         ).fetchone()
         self.catalog.execute(
@@ -201,13 +201,3 @@ def noise(size: int, seed: int = 1) -> bytes:
 def samples(count: int, *, first: int = 0, time_ns: int = CREATED_NS) -> bytes:
     """Packets of SAMPLE16: a number, and a time that rises by a tenth of a millisecond."""
     return b"".join(struct.pack("<QQ", first + i, time_ns + (first + i) * 100_000) for i in range(count))
-
-
-def open_descriptors(path: Path) -> int:
-    """How many descriptors of this process lead below ``path``."""
-    links = (
-        os.readlink(f"/proc/self/fd/{fd}")
-        for fd in os.listdir("/proc/self/fd")
-        if os.path.lexists(f"/proc/self/fd/{fd}")
-    )
-    return sum(link.startswith(str(path)) for link in links)
