@@ -27,11 +27,18 @@ from rich.console import Console
 from mpserverd.errors import MpserverdError, UsageError
 from mpserverd.limits import PACKET_BYTES_MAX
 from mpserverd.load.crew import Crew, Outcome
+from mpserverd.load.daemon_figures import Ask, DaemonFigures, collect, control_client
+from mpserverd.load.expected import ExpectedPackets
 from mpserverd.load.progress import ProgressView
 from mpserverd.load.results import Thresholds, misses, summarize
 from mpserverd.load.scenario import Scenario, parse_source_addresses
+from mpserverd.load.spool_view import open_spool
 from mpserverd.load.tables import print_summary
+from mpserverd.load.verify import Verification, verify
 from mpserverd.version import VERSION
+
+VERIFY_LINES_MAX = 50
+FILE_COLUMNS = 140
 
 EXIT_CODES = {
     0: "everything was sent as asked (and found again, with `--verify`)",
@@ -121,6 +128,9 @@ RUN_OPTIONS: tuple[Option, ...] = (
     Option("--close-timeout", "S", number(float, 0.01, 3600), 10.0, "How long to wait for the server's close."),
     Option("--min-rate-percent", "P", number(float, 0, 100), 99.0, "Below this share of the target rate: exit code 1."),
     Option("--max-reconnects", "N", number(int, 0, 10**9), 0, "With more lost connections than this: exit code 1."),
+    Option("--verify", "SPOOL", pathlib.Path, None, "Afterwards find each connection in this spool; compare hashes."),
+    Option("--verify-timeout", "S", number(float, 0, 86_400), 30.0, "How long to wait until the spool holds all."),
+    Option("--control-socket", "PATH", str, None, "Ask the daemon for `latency_ms` and what it received."),
     Option("--json", "FILE", str, None, "Write the figures as one JSON object; `-`: standard output, without tables."),
     Option("--quiet", "", None, False, "No progress, no tables."),
 )
@@ -164,34 +174,55 @@ def make_scenario(arguments: argparse.Namespace) -> Scenario:
         connect_timeout_s=arguments.connect_timeout,
         drain_timeout_s=arguments.drain_timeout,
         close_timeout_s=arguments.close_timeout,
+        hashing=arguments.verify is not None,
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """The command ``run``; its exit code."""
     scenario = make_scenario(arguments)
+    ask = None if arguments.control_socket is None else control_client(arguments.control_socket)
+    if arguments.verify is not None:
+        open_spool(arguments.verify)
     processes = min(arguments.processes or os.cpu_count() or 1, scenario.clients)
-    progress_console = Console(stderr=True)
-    outcome = _send(scenario, processes, progress_console, arguments)
-    report = summarize(scenario, outcome, processes)
-    missed = misses(
-        scenario, outcome, Thresholds(arguments.min_rate_percent, arguments.max_reconnects), verification=None
-    )
-    report["misses"] = missed
+    outcome, figures = _send(scenario, processes, arguments, ask)
+    verification = None if arguments.verify is None else _verify(scenario, outcome, arguments)
+    report = summarize(scenario, outcome, processes, figures=figures, verification=verification)
+    thresholds = Thresholds(arguments.min_rate_percent, arguments.max_reconnects)
+    report["misses"] = misses(scenario, outcome, thresholds, verification)
     _publish(arguments, report, outcome)
-    for line in missed:
+    for line in report["misses"]:
         print(f"mpload: {line}", file=sys.stderr)
-    return 1 if missed else 0
+    return 1 if report["misses"] else 0
 
 
-def _send(scenario: Scenario, processes: int, console: Console, arguments: argparse.Namespace) -> Outcome:
+def _send(
+    scenario: Scenario, processes: int, arguments: argparse.Namespace, ask: Ask | None
+) -> tuple[Outcome, DaemonFigures | None]:
+    figures: list[DaemonFigures] = []
+
+    def before_close(sent_bytes: dict[str, int]) -> None:
+        if ask is not None:
+            figures.append(collect(ask, sent_bytes))
+
     # senders first: a fork after the start of the live view would copy its thread's locks
     with (
         Crew(scenario, processes) as crew,
         _stopping(crew),
-        ProgressView(console, scenario, quiet=arguments.quiet) as view,
+        ProgressView(Console(stderr=True), scenario, quiet=arguments.quiet) as view,
     ):
-        return crew.run(view.show)
+        return crew.run(view.show, before_close), figures[0] if figures else None
+
+
+def _verify(scenario: Scenario, outcome: Outcome, arguments: argparse.Namespace) -> Verification:
+    expected = ExpectedPackets(scenario, outcome.started_unix_ns)
+    verification = verify(open_spool(arguments.verify), outcome.clients, expected, arguments.verify_timeout)
+    for line in (*verification.mismatches, *verification.notes)[:VERIFY_LINES_MAX]:
+        print(f"mpload: {line}", file=sys.stderr)
+    hidden = len(verification.mismatches) + len(verification.notes) - VERIFY_LINES_MAX
+    if hidden > 0:
+        print(f"mpload: {hidden} more lines of this kind are in --json", file=sys.stderr)
+    return verification
 
 
 @contextlib.contextmanager
@@ -217,7 +248,12 @@ def _publish(arguments: argparse.Namespace, report: dict[str, Any], outcome: Out
     elif arguments.json is not None:
         pathlib.Path(arguments.json).write_text(text)
     if not arguments.quiet and arguments.json != "-":
-        print_summary(Console(), report, outcome.clients)
+        print_summary(_table_console(), report, outcome.clients)
+
+
+def _table_console() -> Console:
+    """A file or a pipe has no width; tables are cut to 80 columns there unless told otherwise."""
+    return Console() if sys.stdout.isatty() else Console(width=FILE_COLUMNS)
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"run": run}

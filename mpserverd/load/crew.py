@@ -109,9 +109,12 @@ class Crew:
 
     # --- the run
 
-    def run(self, show: Callable[[Progress], None], before_close: Callable[[], None] = lambda: None) -> Outcome:
-        """Connect, send, close. ``show`` is called about four times a second; ``before_close`` when everything is sent
-        and the connections are still open. Raises UnreachableError when not one client was let in."""
+    def run(self, show: Callable[[Progress], None], before_close: Callable[[dict[str, int]], None]) -> Outcome:
+        """Connect, send, close. Raises UnreachableError when not one client was let in.
+
+        ``show`` is called about four times a second; ``before_close`` once, when everything is sent and the connections
+        are still open, with the bytes that each of them took, by local address.
+        """
         self._wait_for("ready", lambda _: None)
         if not self._stop_wanted:
             self._check_reachable()
@@ -119,7 +122,7 @@ class Crew:
         self._wait_for("sent", show)
         self.outcome.elapsed_s = (time.monotonic_ns() - self.outcome.start_ns) / NS_PER_S
         show(self._progress())
-        before_close()
+        before_close({address: sent for said in self._said.values() for address, sent in said["sent"]["open"].items()})
         self._tell("close")
         self._wait_for("result", lambda _: None)
         self._merge()
@@ -169,9 +172,10 @@ class Crew:
     def _progress(self) -> Progress:
         latest = [said.get("progress") or said["ready"] for said in self._said.values() if said]
         errors = [message["last_error"] for message in latest if message["last_error"]]
-        elapsed_ns = time.monotonic_ns() - self.outcome.start_ns if self.outcome.start_ns else 0
+        # as of the senders' reports, so that a rate made of two of them is exact
+        at_ns = sum(message["at_ns"] for message in latest) // max(1, len(latest))
         return Progress(
-            elapsed_s=max(0, elapsed_ns) / NS_PER_S,
+            elapsed_s=max(0, at_ns - self.outcome.start_ns) / NS_PER_S if self.outcome.start_ns else 0.0,
             packets=sum(message["packets"] for message in latest),
             bytes=sum(message["bytes"] for message in latest),
             connected=sum(message["connected"] for message in latest),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
+import ipaddress
 import selectors
 import socket
 import sys
@@ -24,6 +25,7 @@ from typing import Any
 
 from mpserverd.client.pacing import NS_PER_S, Backoff, Schedule
 from mpserverd.client.packets import PacketBlock
+from mpserverd.load.expected import schedule_of
 from mpserverd.load.histogram import Histogram
 from mpserverd.load.scenario import Scenario
 
@@ -299,10 +301,10 @@ class Link:
         self.unix_offset_ns = unix_offset_ns
         total = scenario.packets_per_client
         self.index_end = sys.maxsize if total is None else total
-        self.begin_ns = start_ns + int(scenario.phase_step * self.client)
+        self.begin_ns = start_ns if scenario.flat_out else schedule_of(scenario, self.client, start_ns).start_ns
         self.finished_ns = self.begin_ns
         if not scenario.flat_out:
-            self.schedule = Schedule(self.begin_ns, scenario.rate, scenario.batch_packets(1), self.index_end)
+            self.schedule = schedule_of(scenario, self.client, start_ns)
 
     @property
     def finished(self) -> bool:
@@ -391,8 +393,10 @@ class Link:
 
 
 def address_text(address: Any) -> str:
-    """``127.0.0.1:4711`` or ``[::1]:4711``."""
-    return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
+    """``127.0.0.1:4711`` or ``[::1]:4711``, as the daemon names us: without scope, ``::ffff:`` left out."""
+    host = ipaddress.ip_address(address[0].partition("%")[0])
+    host = getattr(host, "ipv4_mapped", None) or host
+    return f"{host}:{address[1]}" if host.version == 4 else f"[{host}]:{address[1]}"
 
 
 def _error_name(error: OSError) -> str:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import datetime
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from mpserverd.load.crew import Outcome
+from mpserverd.load.daemon_figures import DaemonFigures
 from mpserverd.load.link import ClientResult
 from mpserverd.load.scenario import Scenario
 from mpserverd.load.verify import Verification
@@ -40,7 +41,7 @@ def summarize(
     outcome: Outcome,
     processes: int,
     *,
-    latency_ms: Mapping[str, float] | None = None,
+    figures: DaemonFigures | None = None,
     verification: Verification | None = None,
 ) -> dict[str, Any]:
     """The object of ``--json``, without its ``misses``."""
@@ -69,9 +70,9 @@ def summarize(
         "unconfirmed_bytes": sum(_unconfirmed_bytes(client) for client in clients),
         "connect_ms": outcome.connect.as_ms(50, 99),
         "lateness_ms": outcome.lateness.as_ms(50, 99, 99.9),
-        "latency_ms": latency_ms,
+        "latency_ms": None if figures is None else figures.latency_ms,
         "duration_s": round(max((client.elapsed_s for client in clients), default=0.0), 6),
-        "success_rate": _success_rate(scenario, clients, packets, verification),
+        "success_rate": _success_rate(scenario, clients, verification, figures),
         "cpu": {
             "user_s": round(outcome.cpu_user_s, 3),
             "system_s": round(outcome.cpu_system_s, 3),
@@ -130,14 +131,23 @@ def _client_json(client: ClientResult) -> dict[str, Any]:
 
 
 def _success_rate(
-    scenario: Scenario, clients: Sequence[ClientResult], packets: int, verification: Verification | None
+    scenario: Scenario,
+    clients: Sequence[ClientResult],
+    verification: Verification | None,
+    figures: DaemonFigures | None,
 ) -> float | None:
-    """Stored over sent; without a look into the spool, what was not lost with a connection over sent."""
+    """Stored over sent; without a look into the spool, what the daemon had not received and what was lost with a
+    connection is taken off."""
+    packets = sum(client.packets for client in clients)
     if not packets:
         return None
     if verification is not None:
         return verification.stored_packets / packets
-    lost = sum(-(-_unconfirmed_bytes(client) // scenario.packet_size) for client in clients)
+    records = [record for client in clients for record in client.connections]
+    lost_bytes = [record.unconfirmed_bytes for record in records]
+    if figures is not None:
+        lost_bytes += [max(0, sent - figures.received_bytes.get(peer, 0)) for peer, sent in figures.sent_bytes.items()]
+    lost = sum(-(-lost // scenario.packet_size) for lost in lost_bytes)
     return max(0, packets - lost) / packets
 
 

@@ -194,8 +194,7 @@ class Sender:
 
     def _look_for_end(self, now_ns: int) -> None:
         if not self._unfinished or (self._give_up_ns is not None and now_ns >= self._give_up_ns):
-            self.phase = Phase.SENT
-            self.control.send("sent")
+            self._say_sent()
         elif self._stop_ns is not None and now_ns >= self._stop_ns:
             self._stop(now_ns)
         elif self._stop_ns is None and self._give_up_ns is None:
@@ -240,8 +239,13 @@ class Sender:
             link.stop(now_ns)
             self._settle(link)
         if self.phase is not Phase.RUNNING:
-            self.phase = Phase.SENT
-            self.control.send("sent")
+            self._say_sent()
+
+    def _say_sent(self) -> None:
+        """Everything is with the kernel; the connections that are open stay so until we are told to close them."""
+        self.phase = Phase.SENT
+        open_records = [link.records[-1] for link in self.links if link.state is LinkState.OPEN]
+        self.control.send("sent", open={record.local_address: record.sent_bytes for record in open_records})
 
     def _close(self, now_ns: int) -> None:
         self.phase = Phase.CLOSING
@@ -256,6 +260,7 @@ class Sender:
         links = self.links
         last_errors = [link.last_error for link in links if link.last_error]
         return {
+            "at_ns": time.monotonic_ns(),
             "packets": sum(link.packets for link in links),
             "bytes": sum(link.sent_bytes for link in links),
             "connected": sum(link.state is LinkState.OPEN for link in links),

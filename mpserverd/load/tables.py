@@ -55,13 +55,19 @@ def total_lines(report: Mapping[str, Any]) -> list[str]:
     ]
     if report["latency_ms"] is not None:
         lines.append(f"latency     {_figures(report['latency_ms'])} (scheduled to received, the worst client each)")
+    if report["verify"] is not None:
+        found = report["verify"]
+        lines.append(
+            f"verified    {found['connections']} connections, {found['stored_packets']:,} packets stored, "
+            f"{len(found['mismatches'])} mismatches"
+        )
     if report["errors"]:
         reasons = ", ".join(f"{reason} {count}" for reason, count in report["errors_by_reason"].items())
         lines.append(f"errors      {report['errors']}: {reasons}")
     cpu = report["cpu"]
     if cpu["ns_per_packet"] is not None:
         lines.append(
-            f"cpu here    {cpu['ns_per_packet']:g} ns a packet, {cpu['user_s']:.2f} s user, {cpu['system_s']:.2f} s kernel"
+            f"cpu         {cpu['ns_per_packet']:g} ns a packet, {cpu['user_s']:g} s user, {cpu['system_s']:g} s kernel"
         )
     return lines
 
