@@ -79,7 +79,10 @@ def add_parsers(subparsers: Any) -> None:
 
 
 def _parser(subparsers: Any, name: str, text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = subparsers.add_parser(name, help=text, description=f"{text.capitalize()}.")
+    description = f"{text.capitalize()}. Works without the daemon too."
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name, help=text, description=description, allow_abbrev=False
+    )
     parser._negative_number_matcher = DASHED_VALUE
     parser.add_argument("--spool", metavar="PATH", help=f"spool directory (default: the daemon's, or {DEFAULT_SPOOL})")
     return parser
@@ -199,7 +202,7 @@ def verify_command(args: argparse.Namespace, out: TextIO) -> int:
 
 
 def _guarded(command: Command) -> Command:
-    """A reader that went away (``| head``) is no error; an operating fault is one line."""
+    """An operating fault is one line. A reader that went away (``| head``) is the caller's to pass over."""
 
     def run(args: argparse.Namespace, out: TextIO) -> int:
         try:
@@ -207,8 +210,7 @@ def _guarded(command: Command) -> Command:
             out.flush()
             return code
         except BrokenPipeError:
-            _discard(out)
-            return 0
+            raise
         except OSError as error:
             raise SpoolError(f"{error.filename or 'the spool'}: {error.strerror}") from error
 
@@ -261,14 +263,6 @@ def _binary(out: TextIO) -> BinaryIO:
         raise UsageError("raw bytes would garble the terminal; redirect them, or name a file with export --output")
     out.flush()
     return out.buffer
-
-
-def _discard(out: TextIO) -> None:
-    """Nobody reads ``out`` any more: what is still buffered must not raise at exit."""
-    with contextlib.suppress(OSError, ValueError):
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, out.fileno())
-        os.close(null)
 
 
 @contextlib.contextmanager

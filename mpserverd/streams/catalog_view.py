@@ -130,12 +130,16 @@ def find_stream(spool: Path, name: str, epoch: str | None = None) -> StreamSnaps
     return ask(spool, question)
 
 
-def stream_by_id(spool: Path, stream: int) -> StreamSnapshot | None:
-    """The stream with that catalog id, or None when it was deleted since."""
+def stream_by_id(spool: Path, stream: int, known: StreamSnapshot | None = None) -> StreamSnapshot | None:
+    """The stream with that catalog id, or None when it was deleted since.
+
+    With an earlier snapshot only what can have changed at its end is read, so that following a stream of many segments
+    is cheap.
+    """
 
     def question(connection: sqlite3.Connection) -> StreamSnapshot | None:
         found = connection.execute(f"SELECT {STREAM_COLUMNS} FROM stream WHERE id = ?", (stream,)).fetchone()
-        return None if found is None else _snapshot(connection, _stream_row(connection, found))
+        return None if found is None else _snapshot(connection, _stream_row(connection, found), known)
 
     return ask(spool, question)
 
@@ -198,12 +202,17 @@ def _row_of(found: tuple[Any, ...], *, current: bool) -> StreamRow:
     )
 
 
-def _snapshot(connection: sqlite3.Connection, row: StreamRow) -> StreamSnapshot:
-    segments = connection.execute(
-        "SELECT first, end, state, sha256 FROM segment WHERE stream = ? ORDER BY first", (row.id,)
-    )
-    holes = connection.execute("SELECT first, end, kind FROM hole WHERE stream = ? ORDER BY first", (row.id,))
-    return StreamSnapshot(row, tuple(Segment(*s) for s in segments), tuple(Hole(*h) for h in holes))
+def _snapshot(connection: sqlite3.Connection, row: StreamRow, known: StreamSnapshot | None = None) -> StreamSnapshot:
+    oldest, settled, durable = row.first_offset, -1, -1
+    if known is not None and known.segments:
+        settled, durable = known.segments[-1].first, known.row.durable
+    segments = [s for s in known.segments if s.first < settled and (s.end or 0) > oldest] if known else []
+    holes = [h for h in known.holes if h.end < durable and h.end > oldest] if known else []
+    query = "SELECT first, end, state, sha256 FROM segment WHERE stream = ? AND first >= ? ORDER BY first"
+    segments.extend(Segment(*found) for found in connection.execute(query, (row.id, settled)))
+    query = "SELECT first, end, kind FROM hole WHERE stream = ? AND end >= ? ORDER BY first"
+    holes.extend(Hole(*found) for found in connection.execute(query, (row.id, durable)))
+    return StreamSnapshot(row, tuple(segments), tuple(holes))
 
 
 def _not_found(connection: sqlite3.Connection, spool: Path, name: str, epoch: str | None) -> str:

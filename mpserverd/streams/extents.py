@@ -69,7 +69,9 @@ def find_run(segments: Sequence[Segment], offset: int, durable: int) -> Run:
     """The segment that holds the byte at ``offset``, and how far it counts. Raises DamageError if none does."""
     index = bisect.bisect_right(segments, offset, key=lambda segment: segment.first)
     limit = segments[index].first if index < len(segments) else durable
-    for segment in reversed(segments[:index]):
+    while index > 0:
+        index -= 1
+        segment = segments[index]
         end = durable if segment.end is None else min(segment.end, durable)
         if offset < end:
             return Run(segment, offset, min(end, limit))

@@ -172,11 +172,7 @@ class Stream:
     def refresh(self) -> bool:
         """Ask the catalog again; True when packets came or went. Raises StreamNotFoundError when the stream was
         deleted."""
-        found = stream_by_id(self.spool, self.row.id)
-        if found is None or found.row.epoch != self.epoch:
-            raise StreamNotFoundError(f"stream {self.row.full_name} was deleted from {self.spool}")
-        before, self._snapshot = self.row, found
-        return (before.first_offset, before.durable) != (found.row.first_offset, found.row.durable)
+        return self._refresh(self._snapshot)
 
     def index_at(self, unix_ns: int) -> int:
         """Index of the first packet that was not yet durable at that time, as exact as the time index: about a
@@ -261,6 +257,13 @@ class Stream:
 
     # --- inside
 
+    def _refresh(self, known: StreamSnapshot | None) -> bool:
+        found = stream_by_id(self.spool, self.row.id, known)
+        if found is None or found.row.epoch != self.epoch:
+            raise StreamNotFoundError(f"stream {self.row.full_name} was deleted from {self.spool}")
+        before, self._snapshot = self.row, found
+        return (before.first_offset, before.durable) != (found.row.first_offset, found.row.durable)
+
     def _packet_holes(self) -> list[Hole]:
         return whole_packets(self._snapshot.holes, self.packet_size)
 
@@ -292,7 +295,7 @@ class Stream:
         try:
             return self._try_piece(first, end)
         except FileNotFoundError:
-            self.refresh()
+            self._refresh(None)
         try:
             return self._try_piece(first, end)
         except FileNotFoundError as error:

@@ -17,18 +17,10 @@ import numpy as np
 import pytest
 from spool_writer import CREATED_NS, SAMPLE16, SpoolWriter, noise, samples
 
+from mpserverd.cli.ctl import EXIT_READER_GONE
 from mpserverd.cli.spool_commands import COMMANDS, add_parsers
 from mpserverd.cli.spool_output import human_bytes
 from mpserverd.errors import MpserverdError, SpoolError, UsageError
-
-PROGRAM = """
-import sys, argparse
-from mpserverd.cli.spool_commands import COMMANDS, add_parsers
-parser = argparse.ArgumentParser()
-add_parsers(parser.add_subparsers(dest="command"))
-args = parser.parse_args()
-sys.exit(COMMANDS[args.command](args, sys.stdout))
-"""
 
 
 @dataclass
@@ -294,12 +286,13 @@ def test_the_daemon_is_asked_for_its_spool_when_none_is_named(spool: SpoolWriter
 
 def test_a_reader_that_goes_away_is_no_error(spool: SpoolWriter) -> None:
     spool.add("long", noise(16 * 50_000))
-    words = [sys.executable, "-c", PROGRAM, "read", "long", "--spool", str(spool.path)]
+    words = [sys.executable, "-m", "mpserverd.cli.ctl", "read", "long", "--spool", str(spool.path)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline().split() == [b"index", b"packet"]
         process.stdout.close()
-        assert (process.stderr.read(), process.wait(30)) == (b"", 0)
+        assert process.stderr.read() == b""
+        assert process.wait(30) == EXIT_READER_GONE
 
 
 @pytest.mark.parametrize("jobs", ["0", "65", "x"])

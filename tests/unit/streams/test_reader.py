@@ -361,3 +361,18 @@ def test_any_cut_of_any_stream_reads_as_what_was_written(
                 keep[a:b] = False
             expected = bytes(np.frombuffer(content, np.uint8)[low:high][keep[low:high]])
             assert b"".join(stream.read_bytes(low, high, chunk_bytes=17)) == expected
+
+
+def test_a_refreshed_stream_knows_what_a_fresh_one_knows(spool: SpoolWriter) -> None:
+    number = spool.add("a", noise(160), cuts=[48, 96], holes=[(16, 32, "lost"), (112, 128, "dropped")])
+    with open_stream("a", spool=spool.path) as stream:
+        spool.append(number, noise(32))
+        spool.catalog.execute("INSERT INTO hole VALUES (?, 160, 176, 'dropped')", (number,))
+        stream.refresh()
+        spool.roll(number, noise(48))
+        spool.retire(number, 48)
+        spool.catalog.execute("DELETE FROM hole WHERE end <= 48")
+        stream.refresh()
+        with open_stream("a", spool=spool.path) as fresh:
+            assert stream.snapshot == fresh.snapshot
+            assert stream.count == fresh.count == 10
