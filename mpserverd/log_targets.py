@@ -101,11 +101,11 @@ class Target(logging.Handler):
 class StderrTarget(Target):
     """Standard error; with journald at its other end each line begins with its priority instead of a time."""
 
-    def __init__(self, process: str, *, to_journal: bool) -> None:
-        super().__init__(2, process, owns_fd=False)
+    def __init__(self, process: str, *, to_journal: bool, fd: int = 2) -> None:
+        super().__init__(fd, process, owns_fd=False)
         self._to_journal = to_journal
         self._poll = select.poll()
-        self._poll.register(2, select.POLLOUT)
+        self._poll.register(fd, select.POLLOUT)
 
     def _render(self, record: logging.LogRecord) -> list[bytes]:
         if self._to_journal:
