@@ -229,9 +229,10 @@ class Stream:
         at = self.end_index if start is None else start
         pause_s, waited_s = FOLLOW_POLL_S_MIN, 0.0
         while True:
-            if at < self.end_index:
-                yield from self.packets(at, self.end_index, batch_packets=batch_packets, holes=holes)
-                at, pause_s, waited_s = self.end_index, FOLLOW_POLL_S_MIN, 0.0
+            end = self.end_index  # grows inside packets(), when it has to ask the catalog about retention
+            if at < end:
+                yield from self.packets(at, end, batch_packets=batch_packets, holes=holes)
+                at, pause_s, waited_s = end, FOLLOW_POLL_S_MIN, 0.0
             if not self.refresh():
                 if timeout_s is not None and waited_s >= timeout_s:
                     return

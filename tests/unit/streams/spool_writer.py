@@ -40,7 +40,7 @@ class SpoolWriter:
         self.path = path
         path.mkdir(exist_ok=True)
         (path / "streams").mkdir()
-        self.catalog = sqlite3.connect(path / "catalog.sqlite", isolation_level=None)
+        self.catalog = sqlite3.connect(path / "catalog.sqlite", isolation_level=None, check_same_thread=False)
         self.catalog.execute("PRAGMA journal_mode = WAL")
         self.catalog.executescript(SCHEMA)
         self.catalog.execute("INSERT INTO meta VALUES ('layout_version', ?)", (version,))

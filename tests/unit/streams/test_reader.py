@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable
+import random
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,17 @@ def open_segments(path: Path) -> int:
     """Descriptors of this process that lead to segment files below ``path``; a mapping holds one."""
     links = (os.readlink(fd) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink())
     return sum(link.startswith(f"{path}/streams/") for link in links)
+
+
+@contextlib.contextmanager
+def running(work: Callable[[], None]) -> Iterator[None]:
+    """A thread that has ended when the block has."""
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join(60)
 
 
 def seen(stream: Stream, start: int | None = None, stop: int | None = None) -> tuple[dict[int, bytes], list[Hole]]:
@@ -313,6 +327,47 @@ def test_importing_the_package_is_cheap_and_offers_the_reader() -> None:
 def test_permission_and_absence_are_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(SpoolError, match="there is no spool at"):
         open_stream("a", spool=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_follower_beside_a_writer_and_retention_sees_each_packet_once_or_its_hole(
+    spool: SpoolWriter, seed: int
+) -> None:
+    choice, size, done = random.Random(seed), 7, threading.Event()
+    content = noise(size * 6000, seed)
+    number = spool.add("a", content[: size * 10], packet_size=size)
+    spool.catalog.execute("PRAGMA synchronous = OFF")
+
+    def write() -> None:
+        at, firsts = size * 10, [0]
+        try:
+            while at < len(content):
+                part = content[at : at + choice.randint(1, 400)]
+                if choice.random() < 0.3:
+                    firsts.append(at)
+                    spool.roll(number, part)
+                else:
+                    spool.append(number, part)
+                at += len(part)
+                if len(firsts) > 3 and choice.random() < 0.5:
+                    firsts.pop(0)
+                    spool.retire(number, firsts[0])
+        finally:
+            done.set()
+
+    at = 0
+    with open_stream("a", spool=spool.path) as stream, running(write):
+        for item in stream.follow(0, batch_packets=50, wait=lambda _: done.wait(0.001), timeout_s=60):
+            if isinstance(item, Hole):
+                assert (item.kind, item.first) == ("retired", at * size)
+                at = item.end // size
+            else:
+                assert item.index == at
+                assert item.packets.tobytes() == content[at * size : item.end_index * size]
+                at = item.end_index
+            if at == 6000:
+                break
+    assert at == 6000
 
 
 @st.composite
