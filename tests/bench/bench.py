@@ -107,7 +107,7 @@ class Bench:
             cpu_before, started = readings.cpu_s(pids), time.monotonic()
             sent = int(self.load(port, clients=clients)["packets_sent"])
             account = "durable_bytes" if stored else "received_bytes"
-            daemon.wait_for(lambda: daemon.stats()["ledger"][account] == sent * PACKET_BYTES, DURABLE_DEADLINE_S)
+            daemon.wait_for(lambda: daemon.account(account) == sent * PACKET_BYTES, DURABLE_DEADLINE_S)
             wall_s, cpu = time.monotonic() - started, readings.cpu_s(pids) - cpu_before
             daemon.ledger()
         return cpu / sent * 1e9, sent / wall_s

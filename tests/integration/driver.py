@@ -189,8 +189,17 @@ class Daemon:
         """The totals; fails the test when the equations do not hold."""
         answer = self.ctl("--json", "ledger", check=False)
         assert answer.returncode == 0, f"the ledger does not balance:\n{answer.stdout}{answer.stderr}"
-        totals: dict[str, int] = json.loads(answer.stdout)["total"]
+        totals: dict[str, int] = json.loads(answer.stdout)["totals"]
         return totals
+
+    def account(self, name: str) -> int:
+        """One account of the ledger's totals, whether or not the ledger balances just now."""
+        return int(self.ctl_json("ledger", check=False)["totals"][name])
+
+    def counter(self, name: str) -> int:
+        """An error by its reason, such as ``refused-denied``, or closed connections by theirs, such as ``idle``."""
+        stats = self.stats()
+        return int({**stats["closed_by_reason"], **stats["errors_by_reason"]}[name])
 
     # -- waiting
 
@@ -211,7 +220,7 @@ class Daemon:
 
         def reached() -> bool:
             nonlocal last
-            last = int(self.stats()["ledger"][account])
+            last = self.account(account)
             assert last <= value, f"{account} is {last}, more than the {value} that were sent"
             return last == value
 
@@ -259,10 +268,10 @@ class Daemon:
 
     def pid_of(self, name: str) -> int:
         """``supervisor``, ``storer`` or ``worker-N``."""
-        for child in self.ctl_json("workers"):
-            if child.get("name") == name:
-                return int(child["pid"])
-        raise KeyError(name)
+        stats = self.stats()
+        pids = {"supervisor": stats["pid"], "storer": stats["storer"]["pid"]}
+        pids |= {f"worker-{worker['index']}": worker["pid"] for worker in stats["worker_list"]}
+        return int(pids[name])
 
     def kill(self, name: str, signal_number: int = signal.SIGKILL) -> int:
         """Send a signal to one process, and return its pid."""

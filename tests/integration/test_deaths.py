@@ -117,8 +117,8 @@ def test_while_the_storer_stands_still_packets_are_received(tmp_path: pathlib.Pa
             storer = daemon.kill("storer", signal.SIGSTOP)
             try:
                 client.sendall(content[16:])
-                daemon.wait_for(lambda: daemon.stats()["ledger"]["received_bytes"] == len(content), what="all packets")
-                assert daemon.stats()["ledger"]["durable_bytes"] == 16
+                daemon.wait_for(lambda: daemon.account("received_bytes") == len(content), what="all packets")
+                assert daemon.account("durable_bytes") == 16
             finally:
                 os.kill(storer, signal.SIGCONT)
         daemon.wait_until_quiet()
@@ -136,7 +136,7 @@ def test_a_blocked_stream_waits_for_a_storer_that_stands_still(tmp_path: pathlib
         storer = daemon.kill("storer", signal.SIGSTOP)
         try:
             sender = senders.socat(path, daemon.port(), 65_536)
-            daemon.wait_for(lambda: daemon.stats()["ledger"]["received_bytes"] > 1_000_000, what="the first megabyte")
+            daemon.wait_for(lambda: daemon.account("received_bytes") > 1_000_000, what="the first megabyte")
             blocked = daemon.wait_for(
                 lambda: [c for c in daemon.clients() if c.get("blocked")], what="a blocked client"
             )
@@ -158,7 +158,7 @@ def test_a_stream_that_may_drop_never_stalls_its_client_and_counts_what_it_dropp
         storer = daemon.kill("storer", signal.SIGSTOP)
         try:
             senders.finish([senders.socat(path, daemon.port(), 65_536)])
-            daemon.wait_for(lambda: daemon.stats()["ledger"]["received_bytes"] == len(content), what="all packets")
+            daemon.wait_for(lambda: daemon.account("received_bytes") == len(content), what="all packets")
         finally:
             os.kill(storer, signal.SIGCONT)
         daemon.wait_until_quiet()

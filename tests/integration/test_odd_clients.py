@@ -27,10 +27,6 @@ def is_refused(client: socket.socket) -> bool:
         return True
 
 
-def refused_count(daemon: Daemon, reason: str) -> int:
-    return int(daemon.stats()["errors_by_reason"].get(reason, 0))
-
-
 def test_a_client_that_vanishes_in_mid_packet_loses_only_the_half_packet(tmp_path: pathlib.Path) -> None:
     content = payload(1, 16 * 1000 + 9)
     with Daemon(tmp_path, EXACT) as daemon:
@@ -51,7 +47,7 @@ def test_what_was_received_before_a_reset_is_stored(tmp_path: pathlib.Path) -> N
         reset(client)
         daemon.wait_until_quiet()
         assert daemon.wait_for_total("durable_bytes", 8_000)["truncated_bytes"] == 3
-        assert daemon.stats()["errors_by_reason"]["reset"] == 1
+        assert daemon.counter("broken-reset") == 1
         assert stored_digests(daemon.spool) == sent_digests([content], 16)
 
 
@@ -87,7 +83,7 @@ def test_a_client_that_says_nothing_is_closed_after_the_handshake_timeout(tmp_pa
         with connect(daemon.port()) as silent:
             assert is_refused(silent)
         daemon.wait_until_quiet()
-        assert daemon.stats()["errors_by_reason"]["silent"] == 1
+        assert daemon.counter("silent") == 1
         assert daemon.streams() == []
 
 
@@ -97,7 +93,7 @@ def test_a_client_that_falls_silent_is_closed_after_the_idle_timeout(tmp_path: p
             client.sendall(b"a" * 33)
             assert is_refused(client)
         daemon.wait_until_quiet()
-        assert daemon.stats()["errors_by_reason"]["idle"] == 1
+        assert daemon.counter("idle") == 1
         total = daemon.wait_for_total("durable_bytes", 32)
         assert total["truncated_bytes"] == 1
 
@@ -132,7 +128,7 @@ def test_clients_over_the_limit_are_refused_and_the_others_go_on(tmp_path: pathl
             client.close()
         daemon.wait_until_quiet()
         daemon.wait_for_total("durable_bytes", 3 * 64_000)
-        assert refused_count(daemon, "max-clients") == 20
+        assert daemon.counter("refused-max-clients") == 20
         assert 1 <= len(daemon.log_lines("max-clients")) <= 3, "one line, not one a refusal"
         assert stored_digests(daemon.spool) == sent_digests(contents, 16)
         with connect(port) as again:
@@ -146,10 +142,10 @@ def test_limits_of_a_listener_and_of_an_address_are_counted_apart(tmp_path: path
         port = daemon.port()
         with connect(port), connect(port), connect(port) as third_of_one:
             assert is_refused(third_of_one)
-            assert refused_count(daemon, "address-limit") == 1
+            assert daemon.counter("refused-address-limit") == 1
             with connect(port, source="127.0.0.2"), connect(port, source="127.0.0.3") as fourth_of_all:
                 assert is_refused(fourth_of_all)
-                assert refused_count(daemon, "listener-limit") == 1
+                assert daemon.counter("refused-listener-limit") == 1
 
 
 def test_only_addresses_on_the_allow_list_come_in(tmp_path: pathlib.Path) -> None:
@@ -163,7 +159,7 @@ def test_only_addresses_on_the_allow_list_come_in(tmp_path: pathlib.Path) -> Non
                     daemon.wait_for_total("durable_bytes", 16)
                 else:
                     assert is_refused(client)
-        assert refused_count(daemon, "denied") == 2
+        assert daemon.counter("refused-denied") == 2
 
 
 def test_a_v4_address_counts_as_itself_on_a_v6_listener(tmp_path: pathlib.Path) -> None:
@@ -241,7 +237,7 @@ def test_a_paused_client_waits_and_loses_nothing(tmp_path: pathlib.Path) -> None
                     sent += client.send(content[sent:])
                 except TimeoutError:
                     break
-            assert daemon.stats()["ledger"]["received_bytes"] <= 16_000 + 65_536
+            assert daemon.account("received_bytes") <= 16_000 + 65_536
             daemon.ctl("resume", entry["stream"])
             client.settimeout(20)
             client.sendall(content[sent:])
