@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -136,6 +137,8 @@ def _run_detached(config: Config, account: accounts.Account, pidfile: Path | Non
         except OSError as error:
             raise StartError(f"cannot set [server] nice = {config.server.nice}: {error.strerror}") from error
     accounts.take_groups(account)
+    # python-daemon asks these for their descriptors; they may be something without one, or None where it was closed.
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(fd, mode, closefd=False) for fd, mode in enumerate("rww"))
     context = daemon.DaemonContext(
         working_directory="/",
         umask=UMASK,

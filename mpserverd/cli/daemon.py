@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # numpy starts a thread a core for linear algebra that is not used here, and threads and forks do not mix.
     for variable in _THREAD_VARIABLES:
         os.environ[variable] = "1"
+    _fill_standard_descriptors()
     arguments = _parser().parse_args(argv)
     try:
         return _dispatch(arguments)
@@ -47,6 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("interrupted")
         return EXIT_INTERRUPTED
+
+
+def _fill_standard_descriptors() -> None:
+    """Open /dev/null as 0, 1 and 2 where they are closed: else a socket gets number 2, and log lines with it."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,26 +112,48 @@ def _dispatch(arguments: argparse.Namespace) -> int:
 def _run(
     config: Config, reload_config: Callable[[], Config], on_ready: Callable[[], None], *, in_background: bool
 ) -> int:
+    """Run the supervisor; what ends it is in the log too, wherever that goes."""
     log.setup(config.log, process="supervisor")
     ignored = [key for key in _BACKGROUND_KEYS if getattr(config.server, key)]
     if ignored and not in_background:
         log.event(_log, logging.WARNING, "settings are for --daemon only and are not applied", keys=ignored)
-    # Imported here because they bring numpy, after the variables above and not for --check-config.
+    was_ready = False
+
+    def note_ready() -> None:
+        nonlocal was_ready
+        was_ready = True
+        on_ready()
+
+    try:
+        return _supervise(config, reload_config, note_ready)
+    except (MpserverdError, OSError) as error:
+        if not was_ready:
+            if in_background or LogTarget.STDERR not in config.log.target:
+                log.event(_log, logging.ERROR, "start failed", reason=str(error))
+            raise
+        _log_own_fault()
+        return StartError.exit_code
+    except Exception:
+        _log_own_fault()
+        return StartError.exit_code
+
+
+def _log_own_fault() -> None:
+    log.event(_log, logging.CRITICAL, "error of the program itself", message_id=log.MessageId.OUR_FAULT, exc_info=True)
+
+
+def _supervise(config: Config, reload_config: Callable[[], Config], on_ready: Callable[[], None]) -> int:
+    # Imported here because they bring numpy: after the variables above, and not for --check-config.
     import mpserverd.storer.main  # noqa: PLC0415
     import mpserverd.supervisor.main  # noqa: PLC0415
     import mpserverd.worker.main  # noqa: PLC0415
 
-    try:
-        return mpserverd.supervisor.main.run(
-            config,
-            reload_config=reload_config,
-            programs={"worker": mpserverd.worker.main.run, "storer": mpserverd.storer.main.run},
-            on_ready=on_ready,
-        )
-    except MpserverdError as error:
-        if LogTarget.STDERR not in config.log.target or in_background:
-            log.event(_log, logging.ERROR, "start failed", reason=str(error))
-        raise
+    return mpserverd.supervisor.main.run(
+        config,
+        reload_config=reload_config,
+        programs={"worker": mpserverd.worker.main.run, "storer": mpserverd.storer.main.run},
+        on_ready=on_ready,
+    )
 
 
 def _complain(text: str) -> None:
