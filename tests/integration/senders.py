@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 
 from tests.integration.driver import DEADLINE_S, SLOWNESS
@@ -59,6 +60,27 @@ def finish(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     for process in processes:
         _, errors = process.communicate(timeout=3 * DEADLINE_S * SLOWNESS)
         assert process.returncode == 0, f"{process.args!r}: exit {process.returncode}\n{errors.decode()}"
+
+
+class Sender:
+    """The C program, which makes its own bytes; ``generated`` says which, independently."""
+
+    def __init__(self, program: pathlib.Path) -> None:
+        self.program = program
+
+    def start(self, port: int, *options: str) -> subprocess.Popen[bytes]:
+        return _start([str(self.program), *options, "127.0.0.1", str(port)])
+
+    def run(self, port: int, *options: str) -> None:
+        finish([self.start(port, *options)])
+
+
+def generated(connection: int, size_bytes: int, seed: int = 1, torn_bytes: int = 0) -> bytes:
+    """What connection number ``connection`` of the C program sends; the formula stands at the top of its source."""
+    place = np.arange(1, size_bytes + 1, dtype=np.uint64) + np.uint64((seed * 65536 + connection) << 32)
+    y = place * np.uint64(0x9E3779B97F4A7C15)
+    x = (y ^ (y >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+    return (x >> np.uint64(56)).astype(np.uint8).tobytes() + b"\xee" * torn_bytes
 
 
 def _start(command: Sequence[str], stdin: object = subprocess.DEVNULL) -> subprocess.Popen[bytes]:

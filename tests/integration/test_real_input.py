@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import pathlib
 
 import pytest
@@ -44,6 +45,58 @@ def test_ten_files_sent_by_socat_are_stored_byte_for_byte(tmp_path: pathlib.Path
         paths = senders.files(tmp_path, contents)
         senders.finish([senders.socat(path, port, size) for path, size in zip(paths, sizes, strict=True)])
         assert_stored(daemon, contents, packet_size)
+
+
+@pytest.mark.parametrize("connections", [1, 10, 1000])
+def test_connections_of_a_c_program_are_stored_byte_for_byte(
+    tmp_path: pathlib.Path, sender: senders.Sender, connections: int
+) -> None:
+    """Six listeners with a packet size each; writes of odd sizes, a torn packet at the end of every connection."""
+    listeners = [
+        {"name": f"of-{size}", "address": "127.0.0.1:0", "packet_size": size, "on_full": "block"}
+        for size in PACKET_SIZES
+    ]
+    size_bytes, torn_bytes = 18_000, 5
+    settings = {
+        "server": {"max_clients": connections},
+        "buffers": {"bytes": "32 MiB", "chunk_bytes": "16 KiB"},
+        "listener": listeners,
+    }
+    sent: collections.Counter[str] = collections.Counter()
+    with Daemon(tmp_path, settings) as daemon:
+        options = ("-n", str(connections), "-g", str(size_bytes), "-t", str(torn_bytes), "-c", "1,7,804,5000,63")
+        for round_number, packet_size in enumerate(PACKET_SIZES, 1):
+            sender.run(daemon.port(f"of-{packet_size}"), *options, "-s", str(round_number))
+            contents = (
+                senders.generated(number, size_bytes, round_number, torn_bytes) for number in range(connections)
+            )
+            sent += sent_digests(contents, packet_size)
+        whole = [size_bytes + torn_bytes - (size_bytes + torn_bytes) % size for size in PACKET_SIZES]
+        daemon.wait_until_served(connections * len(PACKET_SIZES))
+        total = daemon.wait_for_total("durable_bytes", connections * sum(whole))
+        assert total["truncated_bytes"] == connections * sum(size_bytes + torn_bytes - size for size in whole)
+        assert stored_digests(daemon.spool) == sent
+
+
+@pytest.mark.parametrize(
+    "oddity",
+    [
+        pytest.param(("-p", "200", "-c", "804,1,3000"), id="pauses"),
+        pytest.param(("-S", "8199:700"), id="a-stall-in-mid-packet"),
+        pytest.param(("-u", "5001"), id="urgent-data"),
+        pytest.param(("-k", "700"), id="stays-without-a-word"),
+        pytest.param(("-r", "-k", "500"), id="a-reset-at-the-end"),
+        pytest.param(("-c", "1"), id="a-byte-a-write"),
+    ],
+)
+def test_odd_behaviour_of_a_c_program_changes_no_byte(
+    tmp_path: pathlib.Path, sender: senders.Sender, oddity: tuple[str, ...]
+) -> None:
+    contents = [senders.generated(number, 16_384, torn_bytes=3) for number in range(10)]
+    with Daemon(tmp_path, exact(24)) as daemon:
+        sender.run(daemon.port(), "-n", "10", "-g", "16384", "-t", "3", *oddity)
+        daemon.wait_until_served(10)
+        assert_stored(daemon, contents, 24)
 
 
 @pytest.mark.parametrize("packet_size", [7, 16])
