@@ -10,11 +10,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO, TextIO
 
+from mpserverd.cli.tables import human_bytes
 from mpserverd.streams.catalog_view import Hole
 from mpserverd.streams.export import ExportCount
 from mpserverd.streams.listing import StreamInfo
 from mpserverd.streams.reader import Batch, Stream
-from mpserverd.streams.text import Texts, hole_text
+from mpserverd.streams.text import Texts, counted, hole_text
 from mpserverd.streams.verify import StreamCheck
 
 
@@ -67,7 +68,7 @@ def stream_lines(found: Sequence[StreamInfo]) -> Iterator[str]:
         for info in found
     ]
     yield from _aligned([titles, *rows], left={0, 1, 7, 8})
-    yield f"{len(found)} streams, {human_bytes(sum(info.held_bytes for info in found))} held"
+    yield f"{counted(len(found), 'stream')}, {human_bytes(sum(info.held_bytes for info in found))} held"
 
 
 def _aligned(rows: Sequence[Sequence[str]], left: set[int]) -> Iterator[str]:
@@ -80,32 +81,20 @@ def _aligned(rows: Sequence[Sequence[str]], left: set[int]) -> Iterator[str]:
         yield "  ".join(cells).rstrip()
 
 
-def human_bytes(count: int) -> str:
-    """Three digits and a unit: 999 B, 1.46 KiB, 12.0 MiB."""
-    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]
-    while value >= 1000 and len(units) > 1:
-        value /= 1024
-        units.pop(0)
-    if units[0] == "B":
-        return f"{count} B"
-    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
-    return f"{value:.{digits}f} {units[0]}"
-
-
 def export_line(output: str, count: ExportCount) -> str:
-    line = f"{output}: {count.packets} packets, {human_bytes(count.bytes)}"
+    line = f"{output}: {counted(count.packets, 'packet')}, {human_bytes(count.bytes)}"
     if count.holes:
-        line += f"; {count.hole_packets} packets in {count.holes} holes are not there"
+        line += f"; not there: {counted(count.hole_packets, 'packet')} in {counted(count.holes, 'hole')}"
     return line
 
 
 def check_lines(check: StreamCheck) -> Iterator[str]:
-    line = f"{check.name}: {'ok' if check.fine else 'DAMAGED'}, {check.segments} segments, "
+    line = f"{check.name}: {'ok' if check.fine else 'DAMAGED'}, {counted(check.segments, 'segment')}, "
     line += f"{human_bytes(check.checked_bytes)} match their checksums"
     if check.unchecked_bytes:
         line += f", {human_bytes(check.unchecked_bytes)} have none yet"
     if check.holes:
-        line += f", {check.holes} holes of {human_bytes(check.hole_bytes)}"
+        line += f", {counted(check.holes, 'hole')} of {human_bytes(check.hole_bytes)}"
     if check.retired_meanwhile:
         line += ", the oldest was retired meanwhile"
     yield line
@@ -113,8 +102,8 @@ def check_lines(check: StreamCheck) -> Iterator[str]:
 
 
 def total_line(totals: dict[str, int]) -> str:
-    line = f"{totals['streams']} streams: {human_bytes(totals['checked_bytes'])} match their checksums, "
+    line = f"{counted(totals['streams'], 'stream')}: {human_bytes(totals['checked_bytes'])} match their checksums, "
     line += f"{human_bytes(totals['unchecked_bytes'])} could not be compared (no checksum yet); "
     if totals["findings"]:
-        return line + f"{totals['findings']} findings in {totals['streams_damaged']} streams"
+        return line + f"{counted(totals['findings'], 'finding')} in {counted(totals['streams_damaged'], 'stream')}"
     return line + "nothing is wrong"

@@ -43,6 +43,9 @@ Question = Callable[[sqlite3.Connection], T]
 class _ChangedMeanwhileError(Exception):
     """The catalog was taken for an untouched file, and somebody touched it."""
 
+    def __str__(self) -> str:
+        return "it kept changing"
+
 
 def ask(spool: Path, question: Question[T]) -> T:
     """The answer of ``question(connection)``, from one consistent state of the catalog.
@@ -51,20 +54,23 @@ def ask(spool: Path, question: Question[T]) -> T:
     catalog of another version) and DamageError (not a catalog at all).
     """
     catalog = spool / CATALOG_FILE
+    last: Exception | None = None
     for attempt in range(ATTEMPTS_MAX):
         if attempt:
             time.sleep(ATTEMPT_PAUSE_S)
         _require(spool, catalog)
         try:
             return _ask_once(catalog, question)
-        except _ChangedMeanwhileError:
-            continue
+        except _ChangedMeanwhileError as error:
+            last = error
         except sqlite3.OperationalError as error:
             if not _passes_by_itself(error):
                 raise _explained(catalog, error) from error
+            last = error
         except sqlite3.DatabaseError as error:
             raise _explained(catalog, error) from error
-    raise SpoolError(f"{catalog} stayed locked for {ATTEMPTS_MAX * ATTEMPT_PAUSE_S:.0f} s; try again")
+    waited_s = ATTEMPTS_MAX * ATTEMPT_PAUSE_S
+    raise SpoolError(f"{catalog} could not be read for {waited_s:.0f} s ({last}); try again") from last
 
 
 def _require(spool: Path, catalog: Path) -> None:

@@ -46,10 +46,15 @@ def column_names(layout: PacketLayout) -> list[str]:
     return [index_column(layout), *fields]
 
 
+def counted(count: int, word: str) -> str:
+    """``1 hole``, ``2 holes``."""
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
 def hole_text(hole: Hole, packet_size: int) -> str:
     """One line that says which packets are not there."""
     packets = hole.indexes(packet_size)
-    return f"-- {len(packets)} packets {hole.kind}: {packets.start} to {packets.stop - 1}"
+    return f"-- {counted(len(packets), 'packet')} {hole.kind}: {packets.start} to {packets.stop - 1}"
 
 
 class Texts:

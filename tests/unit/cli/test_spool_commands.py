@@ -208,7 +208,7 @@ def test_tail_goes_on_with_what_comes_until_interrupted(spool: SpoolWriter, monk
 def test_export_says_what_it_wrote_and_what_was_not_there(spool: SpoolWriter, tmp_path: Path) -> None:
     output = tmp_path / "out.npy"
     answer = run(spool, "export", "press-7", "--format", "npy", "--output", str(output), "--packets", "10:40")
-    assert answer.text == f"{output}: 20 packets, 320 B; 10 packets in 1 holes are not there\n"
+    assert answer.text == f"{output}: 20 packets, 320 B; not there: 10 packets in 1 hole\n"
     assert np.load(output)["sequence"].tolist() == [*range(10, 20), *range(30, 40)]
 
 
@@ -225,7 +225,7 @@ def test_verify_of_a_sound_spool_says_what_could_not_be_compared(spool: SpoolWri
     answer = run(spool, "verify")
     assert answer.code == 0
     assert answer.lines[2] == (
-        "press-7: ok, 2 segments, 800 B match their checksums, 800 B have none yet, 1 holes of 160 B"
+        "press-7: ok, 2 segments, 800 B match their checksums, 800 B have none yet, 1 hole of 160 B"
     )
     assert answer.lines[3].endswith("980 B could not be compared (no checksum yet); nothing is wrong")
 
@@ -236,7 +236,7 @@ def test_verify_answers_no_when_something_is_wrong(spool: SpoolWriter) -> None:
     answer = run(spool, "verify")
     assert answer.code == 1
     assert f"  {path} has other content" in answer.text
-    assert answer.lines[-1].endswith("1 findings in 1 streams")
+    assert answer.lines[-1].endswith("1 finding in 1 stream")
     report = run(spool, "verify", json=True)
     found = json.loads(report.text)
     assert (report.code, found["fine"], found["totals"]["findings"]) == (1, False, 1)
