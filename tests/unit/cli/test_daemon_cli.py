@@ -247,6 +247,13 @@ def box(tmp_path: Path) -> Background:
     return Background(tmp_path)
 
 
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not holds():
+        assert time.monotonic() < deadline, "did not come true in time"
+        os.sched_yield()
+
+
 def serve(on_ready: Callable[[], None]) -> int:
     """Ready, then wait for SIGTERM, as the supervisor does."""
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
@@ -270,12 +277,12 @@ def test_daemon_inherits_no_descriptor(box: Background) -> None:
     reader, writer = os.pipe()
     try:
         assert box.start(serve) == 0
-        names = os.listdir(f"/proc/{box.pid()}/fd")
+        # the pipe that said so is closed a moment later
+        wait_until(lambda: sorted(os.listdir(f"/proc/{box.pid()}/fd")) == ["0", "1", "2"])
     finally:
         os.close(reader)
         os.close(writer)
         box.stop()
-    assert sorted(names) == ["0", "1", "2"]
 
 
 def test_files_of_the_daemon_are_not_for_everyone(box: Background) -> None:
@@ -359,10 +366,7 @@ def test_terminated_before_it_is_ready_removes_the_pidfile(box: Background) -> N
     with pytest.raises(StartError, match=r"stopped before it was ready") as failed:
         box.start(stop)
     assert failed.value.exit_code == 3
-    deadline = time.monotonic() + DEADLINE_S
-    while box.pidfile.exists() and time.monotonic() < deadline:
-        os.sched_yield()
-    assert not box.pidfile.exists()
+    wait_until(lambda: not box.pidfile.exists())
 
 
 def test_removed_pidfile_does_not_keep_the_daemon_from_ending(box: Background) -> None:
