@@ -80,7 +80,9 @@ class Option:
 
 
 _START, _RELOAD = Applies.START, Applies.RELOAD
-_NAME = Text(limits.CLIENT_ID_PATTERN, "letters, digits, dot, dash and _, the first a letter or digit", 64)
+_SAFE_NAME = "letters, digits, dot, dash and _, the first a letter or digit"
+_NAME = Text(limits.CLIENT_ID_PATTERN, _SAFE_NAME, limits.LISTENER_NAME_BYTES_MAX)
+_CLIENT_ID = Text(limits.CLIENT_ID_PATTERN, _SAFE_NAME, limits.CLIENT_ID_BYTES_MAX)
 _ACCOUNT = Text(r"[a-z_][a-z0-9_-]*\$?|[0-9]{1,10}", "a name or a number", 32, empty="unchanged")
 _NETWORKS_NONE = ListOf(AddressOrNetwork(), limits.NETWORKS_MAX, empty="nobody")
 _NETWORKS_ALL = ListOf(AddressOrNetwork(), limits.NETWORKS_MAX, empty="everybody")
@@ -254,7 +256,7 @@ _LISTENER = (
 )
 
 _CLIENT = (
-    Option("client", "id", _NAME, Missing.REQUIRED, _RELOAD, "Name of the client and of its stream; unique."),
+    Option("client", "id", _CLIENT_ID, Missing.REQUIRED, _RELOAD, "Name of the client and of its stream; unique."),
     Option(
         "client",
         "address",
@@ -379,7 +381,7 @@ _LOG = (
         AbsolutePath(),
         "/var/log/mpserverd/mpserverd.log",
         _RELOAD,
-        'File for the target "file"; opened again at a reload.',
+        'File for the target "file"; SIGUSR2 opens it again after a rotation.',
     ),
 )
 
