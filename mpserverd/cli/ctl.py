@@ -33,6 +33,7 @@ EXIT_CODES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``argv`` (default: the process's own); returns the exit code."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy would start threads that nobody needs
     words = list(sys.argv[1:] if argv is None else argv)
     out = sys.stdout
     try:
@@ -56,11 +57,12 @@ def run(words: Sequence[str], out: TextIO) -> int:
     if args.command is None:
         parser.print_help(out)
         return UsageError.exit_code
+    named, args.socket = args.socket, args.socket or DEFAULT_SOCKET
     if args.command in COMMANDS:
         return COMMANDS[args.command].run(args, out)
     from mpserverd.cli import spool_commands  # noqa: PLC0415  (numpy and rich)
 
-    args.daemon_spool = lambda: _daemon_spool(args.socket)
+    args.daemon_spool = lambda: _daemon_spool(args.socket, required=named is not None)
     return spool_commands.COMMANDS[args.command](args, out)
 
 
@@ -68,23 +70,22 @@ def build_parser(*, spool: bool = True) -> argparse.ArgumentParser:
     """``spool`` False leaves out the commands that work on files: importing them takes as long as a kick."""
     parser = _Parser(
         prog="mpserverctl",
-        allow_abbrev=False,  # a script must not break when an option is added
+        allow_abbrev=False,
         description="Ask and steer a running mpserverd, and read the streams that it stored.",
         epilog="exit codes: " + "; ".join(f"{code} {text}" for code, text in EXIT_CODES.items()),
     )
     parser.add_argument("--version", action="version", version=f"mpserverctl {VERSION}")
-    _add_common(parser, socket_default=DEFAULT_SOCKET, json_default=False)
+    _add_common(parser, socket_default=None, json_default=False)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     for command in COMMANDS.values():
-        added = subparsers.add_parser(
-            command.name, help=command.help, description=command.description, allow_abbrev=False
-        )
+        added = subparsers.add_parser(command.name, help=command.help, description=command.description)
         command.add_arguments(added)
     if spool:
         from mpserverd.cli import spool_commands  # noqa: PLC0415
 
         spool_commands.add_parsers(subparsers)
     for added in subparsers.choices.values():
+        added.allow_abbrev = False  # a script must not break when an option is added
         _add_common(added, socket_default=argparse.SUPPRESS, json_default=argparse.SUPPRESS)
     return parser
 
@@ -96,7 +97,7 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; try {self.prog} --help")
 
 
-def _add_common(parser: argparse.ArgumentParser, socket_default: str, json_default: object) -> None:
+def _add_common(parser: argparse.ArgumentParser, socket_default: object, json_default: object) -> None:
     parser.add_argument(
         "--socket", metavar="PATH", default=socket_default, help=f"the daemon's control socket ({DEFAULT_SOCKET})"
     )
@@ -116,13 +117,15 @@ def _first_word(words: Sequence[str]) -> str | None:
     return None
 
 
-def _daemon_spool(socket_path: str) -> str | None:
-    """Where the running daemon keeps its streams; None when no daemon answers."""
+def _daemon_spool(socket_path: str, *, required: bool) -> str | None:
+    """Where the running daemon keeps its streams. None when no daemon answers, unless the user named this one."""
     from mpserverd.control.client import request_state  # noqa: PLC0415
 
     try:
         facts, *fds = request_state(socket_path)
     except MpserverdError:
+        if required:
+            raise
         return None
     for fd in fds:
         os.close(fd)

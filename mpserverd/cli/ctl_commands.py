@@ -106,7 +106,7 @@ def check_command(args: argparse.Namespace, out: TextIO) -> int:
 def events_command(args: argparse.Namespace, out: TextIO) -> int:
     from mpserverd.cli.views import event_line  # noqa: PLC0415
 
-    events = request(args.socket, "events", since=0)
+    events = _events(args, since=0)
     shown = events[-args.rows :] if args.rows else events
     if args.json and not args.follow:
         _print_json(out, shown)
@@ -118,9 +118,16 @@ def events_command(args: argparse.Namespace, out: TextIO) -> int:
         if not args.follow:
             return 0
         since = events[-1]["number"] if events else 0
-        while not (shown := request(args.socket, "events", since=since)):
+        while not (shown := _events(args, since)):
             time.sleep(EVENTS_INTERVAL_S)
         events = shown
+
+
+def _events(args: argparse.Namespace, since: int) -> list[dict[str, Any]]:
+    """What happened after event ``since``, each with its time in words."""
+    from mpserverd.cli.views import event_time  # noqa: PLC0415
+
+    return [{"time": event_time(event["unix_ns"]), **event} for event in request(args.socket, "events", since=since)]
 
 
 def config_command(args: argparse.Namespace, out: TextIO) -> int:

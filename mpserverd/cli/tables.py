@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from typing import TextIO
 
 ROWS_MAX = 50
-_SIZES = ("bytes", "kB", "MB", "GB", "TB", "PB")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,14 +93,16 @@ def count_text(value: int) -> str:
     return f"{value:,}"
 
 
-def bytes_text(value: float) -> str:
-    """Three digits and a decimal unit: ``1.23 MB``."""
-    size = float(value)
-    for unit in _SIZES:
-        if abs(size) < 999.5 or unit == _SIZES[-1]:
-            break
-        size /= 1000
-    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.3g} {unit}"
+def human_bytes(count: int) -> str:
+    """Three digits and a unit: 999 B, 1.46 KiB, 12.0 MiB."""
+    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]
+    while value >= 1000 and len(units) > 1:
+        value /= 1024
+        units.pop(0)
+    if units[0] == "B":
+        return f"{count} B"
+    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:.{digits}f} {units[0]}"
 
 
 def rate_text(value: float, unit: str) -> str:

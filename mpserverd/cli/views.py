@@ -9,9 +9,9 @@ from typing import Any, TextIO
 from mpserverd.cli.tables import (
     Column,
     Table,
-    bytes_text,
     count_text,
     duration_text,
+    human_bytes,
     ms_text,
     percent_text,
     print_pairs,
@@ -35,7 +35,7 @@ LEDGER_COLUMNS = (
 def stats_view(report: dict[str, Any], out: TextIO) -> None:
     spool, host, totals, buffers = report["spool"], report["host"], report["ledger"], report["buffers"]
     errors = ", ".join(f"{name} {count:,}" for name, count in report["errors_by_reason"].items() if count)
-    memory = f"{buffers['chunks_used']:,} of {buffers['chunks']:,} chunks of {bytes_text(buffers['chunk_bytes'])} used"
+    memory = f"{buffers['chunks_used']:,} of {buffers['chunks']:,} chunks of {human_bytes(buffers['chunk_bytes'])} used"
     pairs = [
         ("mpserverd", f"{report['version']}, {report['phase']}, up {duration_text(report['uptime_s'])}"),
         (
@@ -44,7 +44,7 @@ def stats_view(report: dict[str, Any], out: TextIO) -> None:
             f"{report['total_connections']:,} in all",
         ),
         ("packets", f"{count_text(report['total_packets'])}, {rate_text(report['packets_per_s'], 'packets')}"),
-        ("bytes", f"{count_text(report['total_bytes'])}, {bytes_text(report['bytes_per_s'])}/s"),
+        ("bytes", f"{count_text(report['total_bytes'])}, {human_bytes(round(report['bytes_per_s']))}/s"),
         ("errors", f"{report['errors']:,} ({100 * report['error_rate']:.4g} %)" + (f": {errors}" if errors else "")),
         ("ledger", _ledger_text(totals)),
         ("buffers", memory),
@@ -53,7 +53,7 @@ def stats_view(report: dict[str, Any], out: TextIO) -> None:
         (
             "machine",
             f"CPU {percent_text(host['cpu_percent'])}, memory {percent_text(host['memory_percent'])}, network "
-            + ("-" if host["net_bytes_per_s"] is None else f"{bytes_text(host['net_bytes_per_s'])}/s"),
+            + ("-" if host["net_bytes_per_s"] is None else f"{human_bytes(host['net_bytes_per_s'])}/s"),
         ),
     ]
     print_pairs("", pairs, out)
@@ -64,8 +64,8 @@ def stats_view(report: dict[str, Any], out: TextIO) -> None:
 def _ledger_text(totals: dict[str, Any]) -> str:
     word = "balances" if totals["holds"] else "DOES NOT BALANCE (see mpserverctl ledger)"
     return (
-        f"{word}; {bytes_text(totals['durable_bytes'])} durable, {bytes_text(totals['at_risk_bytes'])} at risk, "
-        f"{bytes_text(totals['dropped_bytes'])} dropped, {bytes_text(totals['lost_bytes'])} lost"
+        f"{word}; {human_bytes(totals['durable_bytes'])} durable, {human_bytes(totals['at_risk_bytes'])} at risk, "
+        f"{human_bytes(totals['dropped_bytes'])} dropped, {human_bytes(totals['lost_bytes'])} lost"
     )
 
 
@@ -73,7 +73,7 @@ def _spool_text(spool: dict[str, Any]) -> str:
     if spool["full"]:
         return f"{spool['path']}: FULL"
     full = "" if spool["time_to_full_s"] is None else f", full in {duration_text(spool['time_to_full_s'])}"
-    return f"{spool['path']}: {bytes_text(spool['bytes'])}, {bytes_text(spool['free_bytes'])} free{full}"
+    return f"{spool['path']}: {human_bytes(spool['bytes'])}, {human_bytes(spool['free_bytes'])} free{full}"
 
 
 def _storer_text(storer: dict[str, Any] | None) -> str:
@@ -97,7 +97,7 @@ def workers_view(report: list[dict[str, Any]], out: TextIO) -> None:
             count_text(worker["connections"]),
             f"{worker['packets_per_s']:,.0f}",
             percent_text(worker["cpu_percent"]),
-            bytes_text(worker["rss_bytes"]),
+            human_bytes(worker["rss_bytes"]),
             count_text(worker["blocked"]),
         )
     print_table(table, out, 0)
@@ -105,31 +105,25 @@ def workers_view(report: list[dict[str, Any]], out: TextIO) -> None:
 
 def clients_view(report: list[dict[str, Any]], out: TextIO, rows_max: int) -> None:
     titles = ("connected", "packets", "packets/s", "gaps", "p50 ms", "p99 ms", "max ms", "at risk")
-    words = ("id", "stream", "peer", "listener", "worker", "state")
+    words = ("stream", "peer", "worker", "state")
     table = Table("", (*(Column(word) for word in words), *(Column(title, number=True) for title in titles)))
     for client in report:
         latency = client["latency_ms"]
         table.add(
-            client["id"],
             client["stream"] or "-",
             client["peer"],
-            client["listener"] or "-",
             "-" if client["worker"] is None else str(client["worker"]),
-            _client_state(client),
+            "paused" if client["paused"] else client["state"],
             duration_text(client["connected_s"]),
             count_text(client["packets"]),
             f"{client['packets_per_s']:,.0f}",
             count_text(client["gaps"]),
             *(ms_text(latency[name]) for name in ("p50", "p99", "max")),
-            bytes_text(client["at_risk_bytes"]),
+            human_bytes(client["at_risk_bytes"]),
         )
     print_table(table, out, rows_max)
     noun = "connection" if len(report) == 1 else "connections"
     print(f"{len(report):,} {noun}", file=out)
-
-
-def _client_state(client: dict[str, Any]) -> str:
-    return "paused" if client["paused"] else str(client["state"])
 
 
 def ledger_view(report: dict[str, Any], out: TextIO, rows_max: int) -> None:
@@ -169,12 +163,15 @@ def health_view(report: dict[str, Any], out: TextIO) -> None:
 
 def event_line(event: dict[str, Any]) -> str:
     """One line: UTC time, source, what, and the rest as key=value."""
-    moment = datetime.datetime.fromtimestamp(event["unix_ns"] / 1e9, datetime.UTC)
-    rest = " ".join(
-        f"{name}={value}" for name, value in event.items() if name not in {"number", "unix_ns", "source", "kind"}
-    )
-    time = f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03d}Z"
-    return f"{time} {event['source']}: {event['kind']} {rest}".rstrip()
+    known = {"number", "unix_ns", "time", "source", "kind"}
+    rest = "".join(f" {name}={value}" for name, value in event.items() if name not in known)
+    return f"{event['time']} {event['source']}: {event['kind']}{rest}"
+
+
+def event_time(unix_ns: int) -> str:
+    """ISO 8601 in UTC, to the millisecond."""
+    moment = datetime.datetime.fromtimestamp(unix_ns // 1_000_000 / 1000, datetime.UTC)
+    return f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03d}Z"
 
 
 def target_view(command: str, report: dict[str, Any], out: TextIO) -> None:
