@@ -108,11 +108,17 @@ class Connection:
         """Ask the kernel where the stream stands; the same for a fresh connection and for an orphan."""
         taken = tcp_info.consumed(self.sock)
         self.errno = taken.error
+        self.mark_blocked(False)
         self._publish_socket_bytes(taken.consumed_bytes)
         self.window.adopt(self._offset_at_attach + taken.consumed_bytes - self._handshake)
         self.packets_counted = self.window.position // self.window.packet_size
         if self.window.position == self._offset_at_attach:
             self._checker.forget_sequence()
+
+    def mark_blocked(self, blocked: bool) -> None:
+        """Whether it waits for a place in the arena; mpserverctl shows it."""
+        self.blocked = blocked
+        self._words[self._base + Con.BLOCKED] = blocked
 
     def _publish_socket_bytes(self, consumed_bytes: int) -> None:
         self._words[self._base + Con.SOCKET_BYTES] = consumed_bytes
@@ -131,7 +137,7 @@ class Connection:
         for _ in range(READS_A_TURN):
             places = window.room(self._wanted)
             if not places and not self._make_room():
-                self.blocked = True
+                self.mark_blocked(True)
                 return CloseReason.NONE
             places = places or window.room(self._wanted)
             try:

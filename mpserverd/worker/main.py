@@ -242,7 +242,7 @@ class Worker:
             ):
                 continue
             self._blocked.discard(connection)
-            connection.blocked = False
+            connection.mark_blocked(False)
             self._register(connection)
             self._read(connection)
         for connection in list(self._closing):
