@@ -19,7 +19,7 @@ import lockfile
 from daemon.pidfile import TimeoutPIDLockFile
 
 from mpserverd.cli import account as accounts
-from mpserverd.cli.pidfile import Stale, examine, only_starter
+from mpserverd.cli.pidfile import Stale, examine, lock_starts
 from mpserverd.config.schema import Config, LogTarget
 from mpserverd.errors import MpserverdError, StartError
 
@@ -42,21 +42,25 @@ def start(config: Config, pidfile: Path | None, run: Run, say: Say) -> int:
     accounts.make_directories(config, account, pidfile)
     if config.log.target == (LogTarget.STDERR,):
         say('in the background nobody reads standard error; set [log] target to ["file"] or ["journal"]')
-    with contextlib.ExitStack() as stack:
+    lock = -1 if pidfile is None else lock_starts(pidfile)
+    try:
         if pidfile is not None:
-            stack.enter_context(only_starter(pidfile))
             _clear_stale(pidfile, say)
         reader, writer = os.pipe()
         first_child = os.fork()
         if first_child == 0:
             os.close(reader)
-            _be_daemon(config, account, pidfile, run, _Report(writer))
+            _be_daemon(config, account, pidfile, run, _Report(writer), lock)
         os.close(writer)
-        try:
-            os.waitpid(first_child, 0)
-            return _wait_for_report(reader)
-        finally:
-            os.close(reader)
+    finally:
+        # After the fork the daemon's own copy holds the lock.
+        if lock >= 0:
+            os.close(lock)
+    try:
+        os.waitpid(first_child, 0)
+        return _wait_for_report(reader)
+    finally:
+        os.close(reader)
 
 
 def _clear_stale(pidfile: Path, say: Say) -> None:
@@ -105,11 +109,13 @@ def _wait_for_report(reader: int) -> int:
     raise failure
 
 
-def _be_daemon(config: Config, account: accounts.Account, pidfile: Path | None, run: Run, report: _Report) -> None:
+def _be_daemon(
+    config: Config, account: accounts.Account, pidfile: Path | None, run: Run, report: _Report, lock: int
+) -> None:
     """Everything that happens on the other side of the fork; does not return."""
     code = 1
     try:
-        code = _run_detached(config, account, pidfile, run, report)
+        code = _run_detached(config, account, pidfile, run, report, lock)
         report.failed(code, "the daemon ended before it was ready; its log says why")
     except MpserverdError as error:
         code = error.exit_code
@@ -130,7 +136,9 @@ def _be_daemon(config: Config, account: accounts.Account, pidfile: Path | None, 
         os._exit(code)
 
 
-def _run_detached(config: Config, account: accounts.Account, pidfile: Path | None, run: Run, report: _Report) -> int:
+def _run_detached(
+    config: Config, account: accounts.Account, pidfile: Path | None, run: Run, report: _Report, lock: int
+) -> int:
     if config.server.nice:
         try:
             os.nice(config.server.nice)
@@ -145,11 +153,13 @@ def _run_detached(config: Config, account: accounts.Account, pidfile: Path | Non
         uid=account.uid,
         gid=account.gid,
         detach_process=True,
-        files_preserve=[report.fd],
+        files_preserve=[report.fd, *([lock] if lock >= 0 else [])],
         pidfile=None if pidfile is None else TimeoutPIDLockFile(str(pidfile), acquire_timeout=0),
         signal_map={signal.SIGTTIN: None, signal.SIGTTOU: None, signal.SIGTSTP: None},
     )
     context.open()
+    if lock >= 0:
+        os.close(lock)
     try:
         return run(report.ready)
     finally:

@@ -6,11 +6,9 @@ file is python-daemon's job.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import fcntl
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from mpserverd.errors import StartError
@@ -57,18 +55,19 @@ def _is_program(name: str) -> bool:
     return name == _PROGRAM or name.startswith(f"{_PROGRAM}.")
 
 
-@contextlib.contextmanager
-def only_starter(path: Path) -> Iterator[None]:
-    """Hold off other starts with the same pidfile, between looking at it and writing it. Raises StartError."""
+def lock_starts(path: Path) -> int:
+    """Hold off other starts with the same pidfile: a descriptor that is to be closed once the file is written.
+
+    The lock is one on the directory, and lasts until every copy of the descriptor is closed; so the daemon that writes
+    the file inherits it. Raises StartError when somebody else holds it.
+    """
     try:
         fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise StartError(f"cannot open {path.parent} for the pidfile: {error.strerror}") from error
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StartError(f"another start with the pidfile {path} is under way") from None
-        yield
-    finally:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         os.close(fd)
+        raise StartError(f"another start with the pidfile {path} is under way") from None
+    return fd

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import select
@@ -307,6 +308,19 @@ def test_second_start_is_refused_and_names_the_first(box: Background, monkeypatc
         assert refused.value.exit_code == 1
     finally:
         box.stop()
+
+
+def test_directory_of_the_pidfile_is_free_for_other_locks_when_the_daemon_runs(box: Background) -> None:
+    """The supervisor locks the directory of its control socket, which is usually the same one."""
+
+    def run(on_ready: Callable[[], None]) -> int:
+        fd = os.open(box.pidfile.parent, os.O_RDONLY)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(fd)
+        return serve(on_ready)
+
+    assert box.start(run) == 0
+    box.stop()
 
 
 def test_stale_pidfile_is_replaced_with_a_remark(box: Background) -> None:

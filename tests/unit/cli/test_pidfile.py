@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mpserverd.cli.pidfile import Stale, examine, only_starter
+from mpserverd.cli.pidfile import Stale, examine, lock_starts
 from mpserverd.errors import StartError
 
 
@@ -71,19 +71,15 @@ def test_directory_in_its_place_is_an_error(tmp_path: Path) -> None:
 
 
 def test_only_one_start_at_a_time(pidfile: Path) -> None:
-    with (
-        only_starter(pidfile),
-        pytest.raises(StartError, match=r"another start .* is under way"),
-        only_starter(pidfile),
-    ):
-        pass
-    with only_starter(pidfile):
-        pass
+    lock = lock_starts(pidfile)
+    copy = os.dup(lock)
+    os.close(lock)
+    with pytest.raises(StartError, match=r"another start .* is under way"):
+        lock_starts(pidfile)
+    os.close(copy)
+    os.close(lock_starts(pidfile))
 
 
 def test_missing_directory_is_an_error(tmp_path: Path) -> None:
-    with (
-        pytest.raises(StartError, match=r"cannot open .*none for the pidfile: No such file"),
-        only_starter(tmp_path / "none" / "pid"),
-    ):
-        pass
+    with pytest.raises(StartError, match=r"cannot open .*none for the pidfile: No such file"):
+        lock_starts(tmp_path / "none" / "pid")
