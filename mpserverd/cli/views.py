@@ -113,7 +113,7 @@ def clients_view(report: list[dict[str, Any]], out: TextIO, rows_max: int) -> No
             client["stream"] or "-",
             client["peer"],
             "-" if client["worker"] is None else str(client["worker"]),
-            "paused" if client["paused"] else client["state"],
+            next((word for word in ("paused", "blocked") if client[word]), client["state"]),
             duration_text(client["connected_s"]),
             count_text(client["packets"]),
             f"{client['packets_per_s']:,.0f}",
