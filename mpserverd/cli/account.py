@@ -118,3 +118,12 @@ def take_groups(account: Account) -> None:
         os.initgroups(account.name, account.gid)
     else:
         os.setgroups([])
+
+
+def check_program_is_readable(account: Account, files: Iterable[str] = (os.__file__, __file__)) -> None:
+    """After the change of user: modules are read when they are first needed, so they must be readable. StartError."""
+    for file in files:
+        if not os.access(file, os.R_OK):
+            raise StartError(
+                f"user {account.name or account.uid} cannot read {file}; install Python and mpserverd where it can"
+            )

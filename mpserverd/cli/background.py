@@ -161,6 +161,7 @@ def _run_detached(
     if lock >= 0:
         os.close(lock)
     try:
+        accounts.check_program_is_readable(account)
         return run(report.ready)
     finally:
         with contextlib.suppress(lockfile.Error):  # somebody removed it

@@ -110,3 +110,11 @@ def test_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     config = loads("", [f"server.control_socket={tmp_path}/run/sub/control.sock"])
     with pytest.raises(StartError, match=f"cannot make the directory {tmp_path}/run/sub: Not a directory"):
         accounts.make_directories(config, accounts.wanted(ServerConfig()), None)
+
+
+def test_program_that_the_user_cannot_read_is_named(tmp_path: Path) -> None:
+    accounts.check_program_is_readable(NOBODY)
+    with pytest.raises(
+        StartError, match=f"user nobody cannot read {tmp_path}/x.py; install Python and mpserverd where"
+    ):
+        accounts.check_program_is_readable(NOBODY, [f"{tmp_path}/x.py"])
