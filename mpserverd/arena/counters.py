@@ -43,6 +43,7 @@ COUNTERS: tuple[Counter, ...] = (
     Counter(_S, 4, "starved", "requests", "Requests for chunks that found none free."),
     Counter(_S, 5, "reloads", "reloads", "Configurations taken over without a restart."),
     Counter(_S, 6, "reloads_refused", "reloads", "Reloads refused because the configuration was wrong."),
+    Counter(_S, 7, "truncated_packets", "packets", "Packets that the end of their connection cut off."),
     Counter(_W, 0, "blocked", "times", "Times that a stream was not read because the arena had no place for it."),
     Counter(
         _W, 1, "dropped_packets", "packets", "Packets dropped because on_full = drop-oldest and the arena was full."

@@ -22,7 +22,7 @@ from mpserverd import log
 from mpserverd.arena.counters import COUNTERS, Role
 from mpserverd.arena.launch import Launch
 from mpserverd.arena.state import FIRST_WORKER_SLOT, STORER_SLOT, Slot
-from mpserverd.errors import ProtocolError
+from mpserverd.errors import ProtocolError, StartError
 from mpserverd.net.channel import Channel, Kind, Message
 from mpserverd.supervisor.core import WORKER_SLOTS, Core
 from mpserverd.supervisor.loop import READ, WRITE, Timer
@@ -38,6 +38,7 @@ UNKILLABLE_S = 5.0
 """A process that SIGKILL has not ended after so long hangs in the kernel."""
 LEAVE_TIMEOUT_S = 3.0
 """From DRAINED to the exit; by then the child holds nothing that counts."""
+FORK_AGAIN_S = 1.0
 MESSAGES_A_WAKE = 256
 _SPARE_MESSAGES = 1024
 
@@ -49,7 +50,6 @@ class Child:
     role: Role
     index: int
     slot: int
-    generation: int
     policy: RestartPolicy
     state: ChildState = ChildState.DEAD
     pid: int = 0
@@ -89,7 +89,6 @@ class Children:
         self._core = core
         self._programs = programs
         self._all: list[Child] = []
-        self.generation = 0
         self.on_message: Callable[[Child, Message], None] = _ignore
         self.on_ready: Callable[[Child], None] = _ignore
         self.on_drained: Callable[[Child], None] = _ignore
@@ -120,14 +119,16 @@ class Children:
         return self._add(Role.STORER, 0, STORER_SLOT)
 
     def add_worker(self, index: int) -> Child:
-        """A place for a worker of the present generation, in a slot that nobody has."""
+        """A place for a worker, in a slot that nobody has. Raises StartError when stuck ones have them all."""
         taken = {child.slot for child in self._all}
-        slots = range(FIRST_WORKER_SLOT, FIRST_WORKER_SLOT + WORKER_SLOTS)
-        return self._add(Role.WORKER, index, next(slot for slot in slots if slot not in taken))
+        for slot in range(FIRST_WORKER_SLOT, FIRST_WORKER_SLOT + WORKER_SLOTS):
+            if slot not in taken:
+                return self._add(Role.WORKER, index, slot)
+        raise StartError(f"all {WORKER_SLOTS} places for workers are taken")
 
     def _add(self, role: Role, index: int, slot: int) -> Child:
         policy = RestartPolicy(self._core.config.server.restart_backoff_s_max, may_give_up=role is Role.WORKER)
-        child = Child(role, index, slot, self.generation, policy)
+        child = Child(role, index, slot, policy)
         self._all.append(child)
         self._set(child, Slot.RESTARTS, 0)
         return child
@@ -140,28 +141,39 @@ class Children:
         child.drained = child.was_ready = False
         child.killed_why = child.last_words = ""
         self._prepare_slot(child)
+        try:
+            self._fork(child)
+        except OSError as error:
+            log.event(logger, logging.ERROR, "cannot fork", child=child.name, error=error.strerror)
+            child.timer = core.loop.after(FORK_AGAIN_S, lambda: self.fork(child))
+            return
+        core.loop.watch(child.pidfd, READ, lambda _: self._exited(child))
+        self._watch_channel(child)
+        self._set(child, Slot.PID, child.pid)
+        self._apply(child, ChildEvent.FORKED)
+
+    def _fork(self, child: Child) -> None:
+        """Everything of it or nothing. Raises OSError."""
+        cpus = self._core.config.server.cpu_affinity
         ours, theirs = Channel.pair()
-        launch = self._launch(child, theirs.detach())
-        cpus = core.config.server.cpu_affinity
         try:
             child.pid = spawn(
-                launch,
+                self._launch(child, theirs.fileno()),
                 self._programs[child.role.value],
                 cpus=[cpus[child.index % len(cpus)]] if cpus and child.role is Role.WORKER else None,
             )
-        except OSError as error:
-            os.close(launch.channel_fd)
+            try:
+                child.pidfd = os.pidfd_open(child.pid)
+            except OSError:
+                os.kill(child.pid, signal.SIGKILL)  # not reaped yet, so it is still this process
+                os.waitpid(child.pid, 0)
+                raise
+        except BaseException:
             ours.close()
-            log.event(logger, logging.ERROR, "cannot fork", child=child.name, error=error.strerror)
-            child.timer = core.loop.after(1.0, lambda: self.fork(child))
-            return
-        os.close(launch.channel_fd)
+            raise
+        finally:
+            theirs.close()
         child.channel = Channel(ours)
-        child.pidfd = os.pidfd_open(child.pid)
-        core.loop.watch(child.pidfd, READ, lambda _: self._exited(child))
-        core.loop.watch(child.channel.fileno(), READ, lambda events: self._talk(child, events))
-        self._set(child, Slot.PID, child.pid)
-        self._apply(child, ChildEvent.FORKED)
 
     def _launch(self, child: Child, channel_fd: int) -> Launch:
         core = self._core
@@ -281,6 +293,8 @@ class Children:
         elif child.state.alive:
             self._apply(child, ChildEvent.TOLD_TO_STOP)
             self.send(child, Message(kind))
+        elif child.state is ChildState.DEAD:  # it could not even be forked
+            self._gone(child)
 
     def let_leave(self, child: Child) -> None:
         """It is drained and holds nothing: close its channel, and make sure that it goes."""
@@ -406,7 +420,11 @@ class Children:
                 self.kill(child, f"gave no sign of life for {age_ns / 1e9:.1f} s")
             elif age_ns > timeout_ns and child.state is ChildState.RUNNING:
                 self._call_stuck(child, f"gave no sign of life for {age_ns / 1e9:.1f} s; slow I/O is waited for")
-            elif child.state is ChildState.STARTING and now_ns - child.forked_ns > START_TIMEOUT_S[child.role] * 1e9:
+            elif (
+                child.state is ChildState.STARTING
+                and age_ns > timeout_ns
+                and now_ns - child.forked_ns > START_TIMEOUT_S[child.role] * 1e9
+            ):
                 self.kill(child, f"was not ready after {START_TIMEOUT_S[child.role]:.0f} s")
 
     def _call_stuck(self, child: Child, why: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from mpserverd import log
 from mpserverd.arena.state import FIRST_WORKER_SLOT, STORER_SLOT, SUPERVISOR_SLOT, Head
 from mpserverd.config.schema import LogLevel
+from mpserverd.config.show import as_dict
 from mpserverd.control.messages import Reply, Request
 from mpserverd.errors import MpserverdError, UsageError
 from mpserverd.net.channel import Kind
@@ -109,6 +110,7 @@ class Commands:
             "uptime_s": (time.monotonic_ns() - words[Head.STARTED_MONO_NS]) / 1e9,
             "stopping": core.stopping,
             "max_clients": core.max_clients,
+            "heartbeat_timeout_s": core.config.server.heartbeat_timeout_s,
             "limits": {"clients": core.clients_max, "chunks": core.arena.count, "chunk_bytes": core.arena.chunk_bytes},
             "slots": {"supervisor": SUPERVISOR_SLOT, "storer": STORER_SLOT, "first_worker": FIRST_WORKER_SLOT},
             "spool": core.config.spool.path,
@@ -134,7 +136,7 @@ class Commands:
         }
 
     def config(self, _: dict[str, Any]) -> Any:
-        return plain(self._core.config)
+        return as_dict(self._core.config)
 
     def list_events(self, arguments: dict[str, Any]) -> list[dict[str, Any]]:
         since = arguments.get("since", 0)
@@ -200,14 +202,3 @@ def _child_facts(child: Child) -> dict[str, Any]:
         "connections": len(child.rows),
         "wanted": child.wanted,
     }
-
-
-def plain(value: Any) -> Any:
-    """Settings as JSON knows them."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return value if isinstance(value, (bool, int, float, type(None))) else str(value)

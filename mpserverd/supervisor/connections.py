@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import select
 import time
 from collections import Counter
 from typing import Any
@@ -168,13 +169,21 @@ class Connections:
         if row is None:
             self._open_named(connection, name)
         elif self.streams.user(row) is not None:
-            self._own_stream(connection, self._name_beside(connection, name))
+            self._find_place_beside(connection, row)
         elif self.streams.state_of(row) is StreamState.OPEN:
             self._settle(connection, row)
         elif self.streams.state_of(row) is StreamState.OPENING:
             self.streams.use(row, connection.row)  # somebody left it behind while it was being opened
             connection.stream = row
             self._wait(connection, OPENING_WAIT_S)
+        elif connection.row not in self._waiting:
+            self._wait(connection, BUSY_WAIT_S)
+
+    def _find_place_beside(self, connection: Connection, stream: int) -> None:
+        """Another connection has the client's stream. If that one is at its end this is the same client, back again."""
+        user = self._by_row[self.streams.user(stream) or 0]
+        if not _is_ending(user.fd):
+            self._own_stream(connection, self._name_beside(connection, connection.client or ""))
         elif connection.row not in self._waiting:
             self._wait(connection, BUSY_WAIT_S)
 
@@ -412,6 +421,8 @@ class Connections:
             "connected_s": round((time.monotonic_ns() - connection.accepted_ns) / 1e9, 3),
             "adoptions": int(words[Con.ADOPTIONS]),
         }
+        if fields["truncated_bytes"]:
+            self._core.count("truncated_packets")
         log.event(logger, logging.INFO, "connection ended", message_id=log.MessageId.CLIENT_ENDED, **fields)
         self.ended_count += 1
         stream = connection.stream
@@ -454,6 +465,13 @@ def _flags(listener: ListenerConfig) -> StreamFlag:
     if listener.on_full is OnFull.DROP_OLDEST:
         flags |= StreamFlag.DROP_OLDEST
     return flags
+
+
+def _is_ending(fd: int) -> bool:
+    """Whether the peer has closed or reset it. Poll takes no lock of the socket, so it may be asked at any time."""
+    poll = select.poll()
+    poll.register(fd, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 def _decrease(counter: Counter[Any], key: Any) -> None:

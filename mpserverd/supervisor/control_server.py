@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import fcntl
 import grp
+import json
 import logging
 import os
 import socket
@@ -175,9 +176,8 @@ class ControlServer:
             sock, _ = self._sock.accept()
         except OSError:
             return
-        if len(self._clients) >= CONNECTIONS_MAX:
-            sock.close()
-            return
+        if len(self._clients) >= CONNECTIONS_MAX:  # who has had the longest time makes place
+            self._drop(min(self._clients.values(), key=lambda client: client.deadline_s))
         sock.setblocking(False)
         client = _Client(sock, peer_of(sock), time.monotonic() + DEADLINE_S)
         self._clients[sock.fileno()] = client
@@ -250,6 +250,13 @@ class ControlServer:
 
 def tell_change(request: Request, peer: Peer) -> None:
     """Commands that change something leave a line."""
+    arguments = json.dumps(request.arguments)
     log.event(
-        logger, logging.INFO, "command", command=request.command, by_uid=peer.uid, by_pid=peer.pid, **request.arguments
+        logger,
+        logging.INFO,
+        "command",
+        command=request.command,
+        arguments=arguments,
+        by_uid=peer.uid,
+        by_pid=peer.pid,
     )

@@ -21,9 +21,9 @@ class EventRing:
     def add(self, kind: str, /, *, source: str = "supervisor", **fields: Any) -> None:
         """``kind`` is constant text, such as "child died"; values that JSON does not know become words."""
         self._number += 1
-        known = {key: value if isinstance(value, _JSON) else plain_value(value) for key, value in fields.items()}
+        known = {key: value if type(value) in _JSON else plain_value(value) for key, value in fields.items()}
         self._events.append(
-            {"number": self._number, "unix_ns": time.time_ns(), "source": source, "event": kind, "fields": known}
+            {**known, "number": self._number, "unix_ns": time.time_ns(), "source": source, "kind": kind}
         )
 
     def since(self, number: int) -> list[dict[str, Any]]:
@@ -31,4 +31,5 @@ class EventRing:
         return [event for event in self._events if event["number"] > number]
 
 
-_JSON = (str, int, float, bool, type(None), list, dict)
+_JSON = {str, int, float, bool, type(None), list, dict}
+"""Exactly these: an enum that is an int too has a word that says more."""

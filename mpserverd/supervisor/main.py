@@ -44,7 +44,7 @@ from mpserverd.supervisor.resources import (
 from mpserverd.supervisor.spawn import Program
 from mpserverd.supervisor.states import ChildState
 from mpserverd.supervisor.stats_tick import StatsTick
-from mpserverd.supervisor.stopping import Stop
+from mpserverd.supervisor.stopping import Stop, StopPhase
 from mpserverd.supervisor.totals import read_totals
 from mpserverd.systemd import Notifier
 
@@ -52,7 +52,9 @@ logger = logging.getLogger(__name__)
 
 TICK_S = 1.0
 HELD_UP_S = 2.0
-"""A tick that comes so late says that the supervisor was held up, maybe the whole machine: it judges no heartbeat."""
+"""A tick that comes so late says that the supervisor was held up, maybe the whole machine with it ..."""
+JUDGE_AFTER_S = 5.0
+"""... and then the children get so much time to beat again before anybody is judged by it."""
 STATUS_INTERVAL_S = 10.0
 START_DEATHS_MAX = 3
 """A worker that dies so often before it is ready will not start; nor will the daemon."""
@@ -131,6 +133,7 @@ class Supervisor:
         self._stop: Stop | None = None
         self._exit_code = 0
         self._tick_due_s = 0.0
+        self._judge_after_s = 0.0
         self._status_s = 0.0
         self._status = ""
         self._recheck_pending = False
@@ -157,7 +160,7 @@ class Supervisor:
                 self._say_ready()
                 if on_ready is not None:
                     on_ready()
-            if self._stop is None or not self._over():
+            if self._stop is None or self._stop.phase is not StopPhase.OVER:
                 loop.run()
         return self._say_goodbye()
 
@@ -207,12 +210,11 @@ class Supervisor:
         )
         self._notifier.ready("serving")
 
-    def _over(self) -> bool:
-        return not self._children.alive()
-
     def _say_goodbye(self) -> int:
         totals = read_totals(self._core.state)
-        unread = sum(unread_bytes_of(connection.fd) for connection in self._connections.all())
+        unread = 0
+        if not self._children.alive():  # a socket that somebody reads, or hangs in reading, is not to be asked
+            unread = sum(unread_bytes_of(connection.fd) for connection in self._connections.all())
         at_risk = totals.at_risk_bytes + unread
         log.event(
             logger,
@@ -230,6 +232,7 @@ class Supervisor:
 
     def close(self) -> None:
         """Leave nothing behind, whatever happened."""
+        self._core.stopping = True
         self._accepting.close_all()
         leftovers = self._children.alive()
         for child in leftovers:
@@ -309,14 +312,15 @@ class Supervisor:
     def _tick(self) -> None:
         now_ns = time.monotonic_ns()
         now_s = now_ns / 1e9
-        late_s = now_s - self._tick_due_s
+        if now_s - self._tick_due_s > HELD_UP_S:
+            self._judge_after_s = now_s + JUDGE_AFTER_S
         self._tick_due_s = now_s + TICK_S
         self._core.loop.after(TICK_S, self._tick)
         slot = self._core.state.slots[SUPERVISOR_SLOT]
         slot[Slot.PID] = os.getpid()
         slot[Slot.HEARTBEAT_MONO_NS] = now_ns
         slot[Slot.CONNECTIONS] = len(self._connections)
-        if late_s < HELD_UP_S:
+        if now_s >= self._judge_after_s:
             self._children.check_heartbeats(now_ns)
         self._connections.scan()
         self._connections.recheck(now_s)
@@ -361,6 +365,9 @@ class Supervisor:
         self._stop.begin(why)
 
     def _reload_on_signal(self) -> None:
+        if not self._ready:
+            self._core.loop.after(TICK_S, self._reload_on_signal)
+            return
         self._notifier.reloading()
         self._reload.request_quietly()
         self._notifier.ready(self._status or "serving")

@@ -142,7 +142,6 @@ class Reload:
         for child in [child for child in children.workers() if child.state is ChildState.GIVEN_UP]:
             children.forget(child)
         self._old = children.workers()
-        children.generation += 1
         self._fresh = [children.add_worker(index) for index in range(self._core.config.server.workers)]
         for child in self._fresh:
             children.fork(child)
@@ -197,7 +196,7 @@ class Reload:
     def _await_old(self) -> None:
         """Gone ones leave the list; those that take too long are killed, and what they own is adopted."""
         here = list(self._children)
-        self._old = [child for child in self._old if child in here]
+        self._old = [child for child in self._old if child in here and child.state is not ChildState.STUCK]
         waited_s = time.monotonic() - self._since_s
         for child in self._old:
             timeout_s = STORER_TIMEOUT_S if child.role is Role.STORER else RETIRE_TIMEOUT_S

@@ -32,7 +32,6 @@ EXIT_ORPHANED = 71
 
 _PR_SET_NAME = 15
 _PR_SET_PDEATHSIG = 1
-_FD_MAX = (1 << 31) - 1
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Ctrl-C and ``kill`` on a process group reach the children too, but when they stop is the supervisor's decision."""
 _OOM_SCORE = {Role.STORER: 100, Role.WORKER: 200}
@@ -48,12 +47,14 @@ def spawn(launch: Launch, program: Program, *, cpus: Sequence[int] | None) -> in
     """
     old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     gc.freeze()
-    pid = os.fork()
-    if pid == 0:
-        _become(launch, program, cpus, old_mask)
-    gc.unfreeze()
-    signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
-    return pid
+    try:
+        pid = os.fork()
+        if pid == 0:
+            _become(launch, program, cpus, old_mask)
+        return pid
+    finally:
+        gc.unfreeze()
+        signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
 
 
 def _become(
@@ -116,7 +117,8 @@ def _reset_signals(mask: Iterable[int]) -> None:
 
 def close_all_but(keep: Iterable[int]) -> None:
     """Close every descriptor that is not named."""
-    bounds = [-1, *sorted(set(keep)), _FD_MAX]
+    highest = max(int(fd) for fd in os.listdir("/proc/self/fd"))
+    bounds = [-1, *sorted(set(keep)), highest + 1]
     for below, above in itertools.pairwise(bounds):
         if above - below > 1:
             os.closerange(below + 1, above)

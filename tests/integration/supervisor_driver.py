@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mpserverd.arena.chunks import ChunkTable
-from mpserverd.arena.state import Con, StateTable
+from mpserverd.arena.state import Con, StateTable, Str, StreamState
 from mpserverd.control.client import request, request_state
 from mpserverd.errors import UnreachableError
 
@@ -26,7 +27,7 @@ CONFIG = """
 [server]
 workers = {workers}
 max_clients = {max_clients}
-control_socket = "{directory}/control.sock"
+control_socket = "{home}/control.sock"
 stop_timeout_s = {stop_timeout_s}
 heartbeat_timeout_s = {heartbeat_timeout_s}
 [buffers]
@@ -38,7 +39,7 @@ packet_size = 16
 on_full = "block"
 {listener}
 [spool]
-path = "{directory}/spool"
+path = "{home}/spool"
 min_free_bytes = 0
 [log]
 level = "debug"
@@ -58,7 +59,7 @@ def wait_for(what: Callable[[], Any], timeout_s: float = WAIT_S) -> Any:
 class RunningSupervisor:
     """``with RunningSupervisor(tmp_path, workers=2) as supervisor``: started, and stopped at the end in any case."""
 
-    def __init__(self, directory: Path, *, fault: str = "", **settings: Any) -> None:
+    def __init__(self, directory: Path, *, fault: str = "", descriptors: int = 4096, **settings: Any) -> None:
         self.directory = directory
         self.spool = directory / "spool"
         self.spool.mkdir(exist_ok=True)
@@ -72,12 +73,12 @@ class RunningSupervisor:
             "listener": "",
             "more": "",
             "port": 0,
-            "directory": directory,
+            "home": directory,
         }
         self.configure(**settings)
         self._log = open(directory / "log", "ab")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, __file__, str(self.config_path)],
+            [sys.executable, __file__, str(self.config_path), str(descriptors)],
             stderr=self._log,
             stdin=subprocess.DEVNULL,
             env={**os.environ, "SMALL_STORER_FAULT": fault, "OPENBLAS_NUM_THREADS": "1"},
@@ -89,8 +90,12 @@ class RunningSupervisor:
         self.config_path.write_text(CONFIG.format(**self.settings))
 
     def __enter__(self) -> RunningSupervisor:
-        wait_for(lambda: self.log_contains(" ready ") or self.process.poll() is not None, START_S)
-        assert self.process.poll() is None, self.log()
+        try:
+            wait_for(lambda: self.log_contains(" ready ") or self.process.poll() is not None, START_S)
+            assert self.process.poll() is None, self.log()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -135,6 +140,12 @@ class RunningSupervisor:
             taken = state.connections[state.connections[:, Con.STATE] != 0]
             return [int(value) for value in taken[:, column]]
 
+    def taken(self) -> list[int]:
+        """Bytes that were taken from the socket, of every stream that is open."""
+        with self.tables() as (_, state, _):
+            open_ones = state.streams[state.streams[:, Str.STATE] == StreamState.OPEN]
+            return [int(value) for value in open_ones[:, Str.SOCKET]]
+
     def workers(self) -> list[dict[str, Any]]:
         return [worker for worker in self.facts()["workers"] if worker["state"] == "running"]
 
@@ -174,10 +185,15 @@ if __name__ == "__main__":
     from mpserverd.supervisor.main import run
     from mpserverd.worker.main import run as run_worker
 
-    path = sys.argv[1]
+    path, descriptors = sys.argv[1], int(sys.argv[2])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
     try:
         sys.exit(
-            run(load(path), reload_config=lambda: load(path), programs={"worker": run_worker, "storer": small_storer.run})
+            run(
+                load(path),
+                reload_config=lambda: load(path),
+                programs={"worker": run_worker, "storer": small_storer.run},
+            )
         )
     except MpserverdError as error:
         print(f"mpserverd: {error}", file=sys.stderr)
