@@ -103,7 +103,7 @@ def demonstrate(arguments: argparse.Namespace, spool: pathlib.Path, runtime: pat
     with daemon(config, runtime / "daemon.log") as process:
         port = wait_until_ready(process, socket_path, runtime / "daemon.log")
         print(f"mpserverd listens on 127.0.0.1:{port}, spool {spool.relative_to(ROOT)}\n", flush=True)
-        load = run("mpload", "run", *load_options(arguments, port, spool))
+        load = run("mpload", "run", *load_options(arguments, port, spool), "--control-socket", str(socket_path))
         print(flush=True)
         print("mpserverctl streams", flush=True)
         run("mpserverctl", "--socket", str(socket_path), "streams")

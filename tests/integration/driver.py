@@ -68,10 +68,14 @@ class Daemon:
             if kind is None:
                 self.assert_nothing_left()
         finally:
-            self._end_by_force()
             if kind is not None:
                 sys.stderr.write(f"--- {self.log_path}\n{self.log()[-8000:]}\n")
-            shutil.rmtree(self.runtime, ignore_errors=True)
+            self.discard()
+
+    def discard(self) -> None:
+        """End whatever still runs and remove what lies outside the test's directory."""
+        self._end_by_force()
+        shutil.rmtree(self.runtime, ignore_errors=True)
 
     @property
     def spool(self) -> pathlib.Path:
@@ -97,7 +101,7 @@ class Daemon:
             self.wait_for(lambda: process.poll() is not None or self.is_ready(), what="the daemon to be ready")
             assert process.poll() is None, f"mpserverd exited {process.returncode} at its start:\n{self.log()}"
         except BaseException:
-            self._end_by_force()
+            self.discard()
             raise
         return self
 

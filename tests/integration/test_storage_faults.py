@@ -71,11 +71,13 @@ def test_a_disk_that_is_full_at_the_start_is_named(tmp_path: pathlib.Path) -> No
     with mounted(tmp_path, "tmpfs", 4) as disk:
         fill(disk)
         daemon = Daemon(tmp_path, on(disk / "spool"))
-        assert daemon.run_to_its_end() == 1
-        assert daemon.log_contains(str(disk / "spool")), daemon.log()
-        assert daemon.log_contains("space"), daemon.log()
-        daemon.assert_nothing_left()
-        shutil.rmtree(daemon.runtime)
+        try:
+            assert daemon.run_to_its_end() == 1, daemon.log()
+            assert daemon.log_contains(str(disk / "spool")), daemon.log()
+            assert daemon.log_contains("space"), daemon.log()
+            daemon.assert_nothing_left()
+        finally:
+            daemon.discard()
 
 
 @pytest.mark.parametrize(("kind", "size_mib"), [("tmpfs", 32), ("ext4", 48)])
