@@ -20,6 +20,8 @@ from mpserverd.load.verify import Verification
 from mpserverd.version import VERSION
 
 SCHEMA_VERSION = 1
+RATE_JUDGED_FROM_S = 1.0
+"""A run that is over sooner has no rate to speak of: one batch late by a millisecond would decide."""
 CLIENT_ROWS_FIRST, CLIENT_ROWS_WORST = 20, 5
 
 
@@ -87,13 +89,7 @@ def misses(
     scenario: Scenario, outcome: Outcome, thresholds: Thresholds, verification: Verification | None
 ) -> list[str]:
     """Everything that makes the answer "no", one sentence each."""
-    found: list[str] = []
-    rate, target = sum(client_rate(client) for client in outcome.clients), float(scenario.rate * scenario.clients)
-    if not scenario.flat_out and 100 * rate < thresholds.rate_percent_min * target:
-        found.append(
-            f"rate {rate:.1f} packets/s is {100 * rate / target:.2f} % of {target:.1f}, "
-            f"at least {thresholds.rate_percent_min:g} % are wanted"
-        )
+    found = [] if scenario.flat_out else _pace_misses(scenario, outcome, thresholds.rate_percent_min)
     broken = sum(record.broken is not None for client in outcome.clients for record in client.connections)
     if broken > thresholds.reconnects_max:
         found.append(f"{broken} connections were lost, at most {thresholds.reconnects_max} may be")
@@ -102,6 +98,22 @@ def misses(
         found.append(f"{never} of {scenario.clients} clients never had a connection")
     if verification is not None and verification.mismatches:
         found.append(f"{len(verification.mismatches)} connections are not stored as they were sent")
+    return found
+
+
+def _pace_misses(scenario: Scenario, outcome: Outcome, percent_min: float) -> list[str]:
+    found: list[str] = []
+    rate, target = sum(client_rate(client) for client in outcome.clients), float(scenario.rate * scenario.clients)
+    elapsed_s = max((client.elapsed_s for client in outcome.clients), default=0.0)
+    if elapsed_s >= RATE_JUDGED_FROM_S and 100 * rate < percent_min * target:
+        found.append(
+            f"rate {rate:.1f} packets/s is {100 * rate / target:.2f} % of {target:.1f}, "
+            f"at least {percent_min:g} % are wanted"
+        )
+    wanted = (scenario.packets_per_client or 0) * scenario.clients
+    unsent = sum(client.packets_unsent for client in outcome.clients)
+    if not outcome.interrupted and 100 * (wanted - unsent) < percent_min * wanted:
+        found.append(f"{unsent} of {wanted} packets could not be sent in time")
     return found
 
 

@@ -67,6 +67,12 @@ def test_each_miss_is_named() -> None:
     assert len(misses(scenario(), Outcome(clients), lenient, None)) == 1
 
 
+def test_what_was_not_sent_in_time_is_a_miss_however_short_the_run() -> None:
+    short = [client(0, 10, elapsed_s=0.1, packets_unsent=990), client(1, elapsed_s=0.1)]
+    assert misses(scenario(), Outcome(short), STRICT, None) == ["990 of 2000 packets could not be sent in time"]
+    assert misses(scenario(), Outcome(short, interrupted=True), STRICT, None) == []
+
+
 def test_a_flat_out_run_has_no_rate_to_miss() -> None:
     assert misses(scenario(rate=Fraction(0)), Outcome([client(0, 1), client(1, 1)]), STRICT, None) == []
 
