@@ -1,4 +1,4 @@
-"""The reports of mpserverctl, computed from the shared tables: stats, workers, ledger, health. (Clients: clients.py.)
+"""The reports of mpserverctl, computed from the shared tables: stats, workers, ledger. (Clients: clients.py.)
 
 Each is made of plain numbers, words, lists and objects, ready for JSON; the field names are a promise, and fields are
 only ever added. docs/mpserverctl.md describes every one. Nothing here writes a word, asks the daemon or looks at the
@@ -32,8 +32,6 @@ from mpserverd.arena.state import (
 SCHEMA_VERSION = 1
 BROKEN = (CloseReason.RESET, CloseReason.TIMED_OUT, CloseReason.FAILED, CloseReason.QUARANTINED)
 """Ends that are errors. The others are the client's or the operator's will, or a deadline that was configured."""
-HEARTBEAT_AGE_S_MAX = 5.0
-"""Children beat at least once a second."""
 
 
 # -- stats
@@ -123,7 +121,7 @@ def workers(live: LiveState) -> list[dict[str, Any]]:
             "rss_bytes": int(row[Slot.RSS_BYTES]),
             "received_bytes": int(row[Slot.RECEIVED_BYTES]),
             "received_packets": int(row[Slot.RECEIVED_PACKETS]),
-            "heartbeat_age_s": _age_s(row),
+            "heartbeat_age_s": heartbeat_age_s(row),
             **_named_counters(row, Role.WORKER),
         }
         for worker in live.facts.get("workers", [])
@@ -143,7 +141,7 @@ def storer(live: LiveState) -> dict[str, Any] | None:
         "restarts": facts.get("restarts", int(row[Slot.RESTARTS])),
         "cpu_percent": int(row[Slot.CPU_MILLI]) / 10,
         "rss_bytes": int(row[Slot.RSS_BYTES]),
-        "heartbeat_age_s": _age_s(row),
+        "heartbeat_age_s": heartbeat_age_s(row),
         **_named_counters(row, Role.STORER),
     }
 
@@ -173,7 +171,7 @@ def spool(live: LiveState, rates: npt.NDArray[np.float64]) -> dict[str, Any]:
         "path": live.facts.get("spool", ""),
         "bytes": values["spool_bytes"],
         "free_bytes": free,
-        "time_to_full_s": round(free / rate, 1) if rate > 0 else None,
+        "time_to_full_s": round(free / rate, 1) if rate > 0 and (free or values["full"]) else None,
         "full": bool(values["full"]),
         "direct": bool(values["direct"]),
     }
@@ -204,7 +202,7 @@ def _named_counters(row: npt.NDArray[np.uint64], role: Role) -> dict[str, int]:
     return {counter.name: int(row[counter.column]) for counter in _rows(role)}
 
 
-def _age_s(row: npt.NDArray[np.uint64]) -> float | None:
+def heartbeat_age_s(row: npt.NDArray[np.uint64]) -> float | None:
     """Seconds since the process in this slot gave a sign of life; None before its first."""
     beat_ns = int(row[Slot.HEARTBEAT_MONO_NS])
     return round(max(0, time.monotonic_ns() - beat_ns) / 1e9, 3) if beat_ns else None
@@ -258,64 +256,3 @@ def _account(live: LiveState, index: int) -> dict[str, Any]:
         **streams.of(index),
         "forwarded_bytes": {},
     }
-
-
-# -- health
-
-
-def health(live: LiveState) -> dict[str, Any]:
-    """What a health probe asks: each check with what was found, and whether all are fine."""
-    checks = [_phase_check(live), *_worker_checks(live), *_storer_checks(live), _supervisor_check(live)]
-    wrong = [one for one in live.ledger.equations if not one.holds]
-    off = len(live.ledger.off)
-    text = "every equation holds"
-    if not live.ledger.holds:
-        text = f"{off} streams and {len(wrong)} of the totals' equations are off; see mpserverctl ledger"
-    checks.append(_check("ledger", live.ledger.holds, text))
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "healthy": all(check["ok"] for check in checks),
-        "checks": checks,
-    }
-
-
-def _check(name: str, ok: bool, text: str) -> dict[str, Any]:
-    return {"check": name, "ok": ok, "detail": text}
-
-
-def _phase_check(live: LiveState) -> dict[str, Any]:
-    phase = Phase(live.state.words[Head.PHASE])
-    return _check("phase", phase is Phase.SERVING, phase.name.lower())
-
-
-def _supervisor_check(live: LiveState) -> dict[str, Any]:
-    return _beat_check(live, "supervisor", live.state.slots[SUPERVISOR_SLOT])
-
-
-def _worker_checks(live: LiveState) -> list[dict[str, Any]]:
-    wanted = {worker["slot"] for worker in live.facts.get("workers", []) if worker.get("wanted", True)}
-    found = [worker for worker in workers(live) if worker["slot"] in wanted]  # old ones leave after a reload
-    running = [worker for worker in found if worker["state"] == "running"]
-    others = ", ".join(f"worker-{one['index']} is {one['state']}" for one in found if one not in running)
-    text = f"{len(running)} of {len(found)} running" + (f": {others}" if others else "")
-    checks = [_check("workers", bool(found) and len(running) == len(found), text)]
-    slots = live.state.slots
-    return checks + [_beat_check(live, f"worker-{worker['index']}", slots[worker["slot"]]) for worker in running]
-
-
-def _storer_checks(live: LiveState) -> list[dict[str, Any]]:
-    found = storer(live)
-    if found is None:
-        return []
-    checks = [_check("storer", found["state"] == "running", found["state"])]
-    if found["state"] == "running":
-        checks.append(_beat_check(live, "storer", live.state.slots[STORER_SLOT], "storer-heartbeat"))
-    text = f"{found['free_bytes']} bytes free"
-    return [*checks, _check("spool", not found["full"], f"full, {text}" if found["full"] else text)]
-
-
-def _beat_check(live: LiveState, name: str, row: npt.NDArray[np.uint64], check: str = "") -> dict[str, Any]:
-    age_s = _age_s(row)
-    text = "no heartbeat yet" if age_s is None else f"last heartbeat {age_s:.1f} s ago"
-    limit_s = max(HEARTBEAT_AGE_S_MAX, float(live.facts.get("heartbeat_timeout_s", 0.0)))
-    return _check(check or f"{name}-heartbeat", age_s is not None and age_s <= limit_s, text)

@@ -92,7 +92,7 @@ def ledger_command(args: argparse.Namespace, out: TextIO) -> int:
 
 
 def check_command(args: argparse.Namespace, out: TextIO) -> int:
-    from mpserverd.arena.report import health  # noqa: PLC0415
+    from mpserverd.arena.health import health  # noqa: PLC0415
     from mpserverd.cli.views import health_view  # noqa: PLC0415
 
     report = health(_live(args))

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from mpserverd.arena.counters import COUNTERS, Role, column
-from mpserverd.arena.report import HEARTBEAT_AGE_S_MAX, health, ledger, stats, workers
+from mpserverd.arena.health import HEARTBEAT_AGE_S_MAX, health
+from mpserverd.arena.report import ledger, stats, workers
 from mpserverd.arena.state import (
     FIRST_WORKER_SLOT,
     STORER_SLOT,

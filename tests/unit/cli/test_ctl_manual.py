@@ -14,8 +14,9 @@ import pytest
 
 from mpserverd.arena.clients import clients
 from mpserverd.arena.counters import COUNTERS, Role
+from mpserverd.arena.health import health
 from mpserverd.arena.ledger import EQUATIONS
-from mpserverd.arena.report import health, ledger, stats, workers
+from mpserverd.arena.report import ledger, stats, workers
 from mpserverd.cli import ctl
 from mpserverd.streams.export import ExportCount
 from mpserverd.streams.listing import StreamInfo
