@@ -1,0 +1,63 @@
+"""Opening a spool: its directories, catalog and file system, with an error that says what to do where that fails."""
+
+from __future__ import annotations
+
+import os
+
+from mpserverd.arena.chunks import Arena
+from mpserverd.arena.launch import Launch
+from mpserverd.arena.state import StateTable
+from mpserverd.config.schema import Sync
+from mpserverd.errors import StartError
+from mpserverd.net.fdlimit import raise_descriptor_limit
+from mpserverd.storer import filesystem
+from mpserverd.storer.catalog import Catalog
+from mpserverd.storer.live import STREAMS_DIRECTORY, Counters, Desk, OpenFiles
+from mpserverd.storer.segment_file import DIRECTORY_MODE
+from mpserverd.storer.space import Space
+
+OTHER_DESCRIPTORS = 256
+"""Shared memory, channel, doorbells, catalog, index files and directories that are open for a moment."""
+
+
+def open_desk(launch: Launch, state: StateTable, arena: Arena) -> Desk:
+    """Raises StartError or LayoutError."""
+    spool = launch.config.spool
+    _make_directories(spool.path)
+    space = Space(spool.path, spool.min_free_bytes)
+    catalog = Catalog(spool.path, durable=spool.sync is Sync.DURABLE)
+    found = filesystem.probe(catalog.path)
+    counters = Counters(state, launch.slot)
+    counters.set("direct", int(found.direct))
+    return Desk(
+        state=state,
+        arena=arena,
+        config=launch.config,
+        listeners=dict(launch.listeners),
+        catalog=catalog,
+        filesystem=found,
+        space=space,
+        counters=counters,
+        files=OpenFiles(max(8, raise_descriptor_limit() - OTHER_DESCRIPTORS)),
+        root=os.open(spool.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC),
+    )
+
+
+def _make_directories(path: str) -> None:
+    """The spool's directory and the one of the streams, their names durable."""
+    streams = os.path.join(path, STREAMS_DIRECTORY)
+    try:
+        if not os.path.isdir(path):
+            os.makedirs(path, DIRECTORY_MODE)
+            filesystem.sync_directory(os.path.dirname(os.path.abspath(path)))
+        if not os.path.isdir(streams):
+            os.mkdir(streams, DIRECTORY_MODE)
+            filesystem.sync_directory(path)
+        if not os.access(streams, os.W_OK | os.X_OK) or not os.access(path, os.W_OK | os.X_OK):
+            raise StartError(
+                f"no permission to write to the spool {path}; give it to user {os.geteuid()}, or change [spool] path"
+            )
+    except OSError as error:
+        raise StartError(
+            f"cannot make the spool {path}: {error.strerror}; create it for user {os.geteuid()}, or change [spool] path"
+        ) from error

@@ -1,0 +1,205 @@
+"""Writes and syncs that failed: the file is finished, the bytes are not.
+
+A file whose write or sync failed is never written again, because a second sync would return 0 although data are gone.
+What is durable in it stays readable: it becomes a segment that ends there, state ``aside``. A file without anything
+durable is renamed to ``*.aside``. The stream goes on from its durable offset, out of the arena, in a fresh segment.
+
+A full disk is no failure of a file: nothing is acknowledged, and the stream is tried again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from mpserverd.log import MessageId
+from mpserverd.log_text import RateLimiter
+from mpserverd.storer.filesystem import NO_SPACE
+from mpserverd.storer.live import Desk, LiveStream
+from mpserverd.storer.placing import Work
+from mpserverd.storer.segment_file import SegmentFile
+
+logger = logging.getLogger(__name__)
+
+FULL_RETRY_S = 0.5
+FAILED_RETRY_S_MIN, FAILED_RETRY_S_MAX = 0.1, 5.0
+"""The first failure of a stream is tried again at once, in another file."""
+
+
+class Failures:
+    """``retry_at`` says for each row when it may be tried again (monotonic seconds)."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self.retry_at = np.zeros(desk.state.stream_count)
+        self._limiter = RateLimiter(60.0, 10)
+        self._full = False
+        self._uncommitted: list[tuple[int, str, int, int, int]] = []
+        """Segments that were set aside while the catalog could not be written."""
+
+    def sort_out(self, works: Sequence[Work], now_s: float) -> list[Work]:
+        """The works that may be committed; the others are seen to."""
+        good = []
+        for work in works:
+            for part in work.parts:
+                if part.error is not None:
+                    work.fail(part.error, part.file)
+            if work.error is None:
+                good.append(work)
+            elif work.error.errno in NO_SPACE:
+                self._wait_for_space(work, now_s)
+            else:
+                self._finish_files(work, now_s)
+        return good
+
+    def put_back(self, works: Sequence[Work]) -> None:
+        """Nothing of these was committed: they find their new files again, by name."""
+        for work in works:
+            for file in work.begun:
+                self._desk.files.close(file)
+
+    # -- full
+
+    def _wait_for_space(self, work: Work, now_s: float) -> None:
+        self.put_back([work])
+        work.stream.full = True
+        self.retry_at[work.stream.row] = now_s + FULL_RETRY_S
+        self.begin_full(str(work.error))
+
+    @property
+    def is_full(self) -> bool:
+        return self._full
+
+    def begin_full(self, why: str) -> None:
+        """Say it once. The ballast goes first: what makes room must be committed."""
+        desk = self._desk
+        desk.space.drop_ballast()
+        if not self._full:
+            self._full = True
+            desk.counters.set("full", 1)
+            desk.note(
+                logger,
+                logging.ERROR,
+                "spool full: nothing more is stored",
+                MessageId.SPOOL_FULL,
+                free_bytes=desk.space.free_bytes,
+                min_free_bytes=desk.space.min_free_bytes,
+                why=why,
+            )
+
+    def end_full(self) -> None:
+        """Once a second: say that it is over when no stream waits any more."""
+        desk = self._desk
+        if self._full and not any(stream.full for stream in desk.streams.values()):
+            self._full = False
+            desk.counters.set("full", 0)
+            desk.note(
+                logger,
+                logging.WARNING,
+                "spool has room again",
+                MessageId.SPOOL_RELIEVED,
+                free_bytes=desk.space.free_bytes,
+            )
+
+    def try_again(self) -> None:
+        """Room was made: whoever waits for it need not wait longer."""
+        for stream in self._desk.streams.values():
+            if stream.full:
+                self.retry_at[stream.row] = 0.0
+
+    # -- failed
+
+    def _finish_files(self, work: Work, now_s: float) -> None:
+        desk, stream = self._desk, work.stream
+        desk.counters.add("write_errors")
+        suppressed = self._limiter.admit(now_s)
+        if suppressed is not None:
+            desk.note(
+                logger,
+                logging.ERROR,
+                "write failed: the bytes are kept and go to another file",
+                MessageId.WRITE_FAILED,
+                stream=stream.name,
+                offset=work.durable,
+                bytes=work.end - work.durable,
+                error=work.error,
+                suppressed=suppressed,
+            )
+        self.put_back([work])
+        for file in work.bad:
+            self._set_aside(stream, file, work.durable)
+        stream.failures += 1
+        wait_s = 0.0 if stream.failures == 1 else min(FAILED_RETRY_S_MAX, FAILED_RETRY_S_MIN * 2**stream.failures)
+        self.retry_at[stream.row] = now_s + wait_s
+
+    def _set_aside(self, stream: LiveStream, file: SegmentFile, durable: int) -> None:
+        desk = self._desk
+        desk.files.close(file)
+        if file is stream.segment:
+            stream.segment = None
+        path = file.path
+        if file.in_catalog and durable > file.first:
+            self._uncommitted.append((durable, "aside", time.time_ns(), stream.catalog_id, file.first))
+            self.commit()
+        else:
+            path = rename_aside(path)
+        desk.counters.add("segments_aside")
+        desk.note(
+            logger,
+            logging.WARNING,
+            "segment set aside",
+            MessageId.SEGMENT_ASIDE,
+            stream=stream.name,
+            file=path,
+            readable_below=durable,
+        )
+
+    def commit(self) -> bool:
+        """Have the catalog know which segments are finished. Nothing is written before it does."""
+        if not self._uncommitted:
+            return True
+        try:
+            with self._desk.catalog.transaction():
+                self._desk.catalog.close_segments(self._uncommitted)
+        except sqlite3.Error as error:
+            self.catalog_failed(error)
+            return False
+        self._uncommitted.clear()
+        return True
+
+    def catalog_failed(self, error: sqlite3.Error) -> None:
+        """The catalog could not be written: nothing is acknowledged, everything is tried again."""
+        desk = self._desk
+        if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
+            self.begin_full(f"catalog: {error}")
+            return
+        desk.counters.add("write_errors")
+        suppressed = self._limiter.admit(time.monotonic())
+        if suppressed is not None:
+            desk.note(
+                logger,
+                logging.ERROR,
+                "catalog not written: nothing is acknowledged until it is",
+                MessageId.WRITE_FAILED,
+                catalog=desk.catalog.path,
+                error=error,
+                suppressed=suppressed,
+            )
+
+
+def rename_aside(path: str) -> str:
+    """Give the file a name that nobody uses, and return that. A file that is gone is none."""
+    for number in range(1, 1_000_000):
+        name = f"{path}.aside" if number == 1 else f"{path}.{number}.aside"
+        if not os.path.lexists(name):
+            try:
+                os.rename(path, name)
+            except FileNotFoundError:
+                return path
+            return name
+    raise RuntimeError(f"a million files were set aside beside {path}")

@@ -1,0 +1,157 @@
+"""What the storer remembers of the streams in the table, and what all of its parts share.
+
+The truth is in the shared table and in the catalog; everything here can be rebuilt from both, and is, by a successor.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+import os
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mpserverd import log
+from mpserverd.arena.chunks import Arena
+from mpserverd.arena.counters import COUNTERS, Role
+from mpserverd.arena.state import StateTable, Str, StreamFlag, StreamState
+from mpserverd.config.schema import Config, ListenerConfig, SpoolConfig
+from mpserverd.net.channel import Kind, Message
+from mpserverd.storer.catalog import Catalog
+from mpserverd.storer.filesystem import FileSystem
+from mpserverd.storer.segment_file import SegmentFile
+from mpserverd.storer.space import Space
+
+STREAMS_DIRECTORY = "streams"
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class LiveStream:
+    """A stream that has a row. ``directory`` is "" until something was offered."""
+
+    row: int
+    base: int
+    number: int
+    packet_size: int
+    named: bool
+    name: str
+    catalog_id: int = 0
+    directory: str = ""
+    directory_synced: bool = False
+    segment: SegmentFile | None = None
+    early: SegmentFile | None = None
+    """The next segment, made before it is needed."""
+    zeros_below: int = 0
+    """End of the last hole that is committed."""
+    failures: int = 0
+    full: bool = False
+    """Waits for space on the disk."""
+    index_due_s: float = 0.0
+
+
+class Counters:
+    """The storer's counters in its slot."""
+
+    def __init__(self, state: StateTable, slot: int) -> None:
+        self._words = state.words
+        base = state.slot_base(slot)
+        self._at = {counter.name: base + counter.column for counter in COUNTERS if counter.role is Role.STORER}
+
+    def add(self, name: str, amount: int = 1) -> None:
+        self._words[self._at[name]] += amount
+
+    def set(self, name: str, value: int) -> None:
+        self._words[self._at[name]] = value
+
+    def get(self, name: str) -> int:
+        return int(self._words[self._at[name]])
+
+
+class OpenFiles:
+    """Open segment files, least recently used first; ``trim`` keeps them within the limit of descriptors."""
+
+    def __init__(self, count_max: int) -> None:
+        self.count_max = count_max
+        self._files: collections.OrderedDict[SegmentFile, None] = collections.OrderedDict()
+
+    def used(self, file: SegmentFile) -> None:
+        self._files[file] = None
+        self._files.move_to_end(file)
+
+    def trim(self) -> None:
+        while len(self._files) > self.count_max:
+            self._files.popitem(last=False)[0].close()
+
+    def close(self, file: SegmentFile) -> None:
+        self._files.pop(file, None)
+        file.close()
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Desk:
+    """What the parts of the storer work on. ``outbox`` are messages that the main loop sends."""
+
+    state: StateTable
+    arena: Arena
+    config: Config
+    listeners: dict[int, ListenerConfig]
+    catalog: Catalog
+    filesystem: FileSystem
+    space: Space
+    counters: Counters
+    files: OpenFiles
+    root: int
+    """Descriptor of the spool's directory."""
+    streams: dict[int, LiveStream] = dataclasses.field(default_factory=dict)
+    outbox: collections.deque[Message] = dataclasses.field(default_factory=collections.deque)
+    to_unlink: collections.deque[str] = dataclasses.field(default_factory=collections.deque)
+    segment_bytes_open: int = 0
+    """Allocated bytes of files that are being written."""
+    segment_bytes_closed: int = 0
+
+    @property
+    def spool(self) -> SpoolConfig:
+        return self.config.spool
+
+    @property
+    def streams_path(self) -> str:
+        return os.path.join(self.config.spool.path, STREAMS_DIRECTORY)
+
+    def path_of(self, directory: str) -> str:
+        return os.path.join(self.streams_path, directory)
+
+    def note(
+        self, logger: logging.Logger, level: int, text: str, message_id: log.MessageId | None = None, **fields: Any
+    ) -> None:
+        """Log an event, and tell the supervisor for ``mpserverctl events``."""
+        log.event(logger, level, text, message_id=message_id, **fields)
+        words = " ".join(f"{key}={value}" for key, value in fields.items())
+        self.outbox.append(Message(Kind.EVENT, payload={"event": text, "text": f"{text}: {words}" if words else text}))
+
+    # -- rows
+
+    def live_rows(self) -> npt.NDArray[np.intp]:
+        """Rows that are OPEN or DRAINING, ascending."""
+        states = self.state.streams[:, Str.STATE]
+        return np.flatnonzero((states == StreamState.OPEN) | (states == StreamState.DRAINING))
+
+    def learn(self, row: int) -> LiveStream:
+        """A row that is new to this process."""
+        words = self.state.streams[row]
+        stream = LiveStream(
+            row=row,
+            base=self.state.stream_base(row),
+            number=int(words[Str.NUMBER]),
+            packet_size=max(1, int(words[Str.PACKET_SIZE])),
+            named=bool(int(words[Str.FLAGS]) & StreamFlag.NAMED),
+            name=self.state.stream_name(row),
+            catalog_id=int(words[Str.CATALOG_ID]),
+        )
+        self.streams[row] = stream
+        return stream
+
+    def word(self, stream: LiveStream, column: int) -> int:
+        return int(self.state.words[stream.base + column])

@@ -1,0 +1,158 @@
+"""Which files the bytes of a cycle go to: segments are taken up, begun, lengthened and finished here.
+
+A stream whose present segment has room, which is nearly every one in nearly every cycle, costs no system call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Sequence
+
+from mpserverd.arena.state import Str
+from mpserverd.storer import plan
+from mpserverd.storer.live import Desk, LiveStream
+from mpserverd.storer.plan import Extent, Hole
+from mpserverd.storer.segment_file import DIRECTORY_MODE, SegmentFile
+from mpserverd.storer.writer import PART_BYTES, Part, Scratch
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Work:
+    """What one stream does in a cycle: bytes and holes from ``durable`` to ``end``.
+
+    ``low`` and ``high`` are its part of the cycle's chunk list; ``segment`` is where the stream stands afterwards.
+    ``error`` says why nothing comes of it, ``bad`` which files are finished because of that.
+    """
+
+    stream: LiveStream
+    durable: int
+    end: int
+    holes: Sequence[Hole]
+    low: int
+    high: int
+    parts: list[Part] = dataclasses.field(default_factory=list)
+    begun: list[SegmentFile] = dataclasses.field(default_factory=list)
+    closed: list[SegmentFile] = dataclasses.field(default_factory=list)
+    touched: list[SegmentFile] = dataclasses.field(default_factory=list)
+    segment: SegmentFile | None = None
+    error: OSError | None = None
+    bad: Sequence[SegmentFile] = ()
+
+    def fail(self, error: OSError, *files: SegmentFile) -> None:
+        """The first error counts; ``files`` are those that it says something about."""
+        if self.error is None:
+            self.error, self.bad = error, files
+
+
+class Placing:
+    """``place`` gives a work its parts. Several threads may call it for different streams."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self.segment_bytes = desk.spool.segment_bytes
+
+    def fit(self, stream_count: int) -> None:
+        """Once a cycle: how long new segments are, with so many streams."""
+        spool = self._desk.spool
+        self.segment_bytes = plan.fitting_segment_bytes(
+            spool.segment_bytes, self._desk.arena.chunk_bytes, spool.max_bytes, stream_count
+        )
+
+    def try_quickly(self, work: Work) -> bool:
+        """Place without a system call, if that is possible."""
+        file = work.stream.segment
+        if work.holes or file is None or file.fd < 0 or work.end >= file.limit:
+            return False
+        if work.end - file.first > file.allocated or work.end - work.durable > PART_BYTES:
+            return False
+        work.segment = file
+        work.touched.append(file)
+        work.parts.append(Part(file, work.durable, work.end, work.low, work.high, work.stream.zeros_below))
+        return True
+
+    def place(self, work: Work, _: Scratch) -> None:
+        """Find, make and lengthen the files. Sets the work's error instead of raising OSError."""
+        file = work.stream.segment
+        try:
+            self._make_directory(work.stream)
+            if file is not None and work.holes and work.holes[0][0] < file.limit:
+                self._touch(work, file)
+            for extent in plan.extents(work.durable, work.end, work.holes):
+                at = extent[0]
+                while at < extent[1]:
+                    file = self._file_for(work, file, at)
+                    stop = min(extent[1], file.limit)
+                    file.grow(stop - file.first, self._desk.space)
+                    self._add_parts(work, file, (at, stop))
+                    at = stop
+            if file is not None:
+                self._finish(work, file)
+        except OSError as error:
+            work.fail(error, *([file] if file is not None else []))
+
+    def _file_for(self, work: Work, file: SegmentFile | None, at: int) -> SegmentFile:
+        if file is None or at >= file.limit:
+            if file is not None:
+                self._close(work, file)
+            file = self._begin(work, at)
+        self._touch(work, file)
+        return file
+
+    def _touch(self, work: Work, file: SegmentFile) -> None:
+        if file in work.touched:
+            return
+        if file.fd < 0:
+            file.open()
+        work.touched.append(file)
+        for first, end, _ in work.holes:
+            file.make_zero(first, end)
+
+    def _begin(self, work: Work, at: int) -> SegmentFile:
+        stream = work.stream
+        first, limit = plan.segment_bounds(at, work.durable, self.segment_bytes)
+        early = stream.early
+        if early is not None and early.first == first:
+            stream.early = None
+            if early.fd < 0:
+                early.open()
+            early.fresh = True
+            early.begin()
+            file = early
+        else:
+            file = SegmentFile(stream.directory, first, limit, direct=self._desk.filesystem.direct)
+            file.create()
+        work.begun.append(file)
+        with contextlib.suppress(OSError):  # the stream has proven that it grows; if there is no place, a step will do
+            file.grow(min(limit - first, at - self._desk.word(stream, Str.STARTED_AT)), self._desk.space)
+        return file
+
+    def _finish(self, work: Work, file: SegmentFile) -> None:
+        """The file that the last byte went to; a hole may reach beyond it."""
+        if work.end >= file.limit:
+            self._close(work, file)
+            work.segment = None
+        else:
+            work.segment = file
+
+    def _close(self, work: Work, file: SegmentFile) -> None:
+        self._touch(work, file)
+        file.cut(file.limit - file.first)
+        work.closed.append(file)
+
+    def _add_parts(self, work: Work, file: SegmentFile, extent: Extent) -> None:
+        """Parts end on the file's grid of PART_BYTES, so that each but the last has whole blocks."""
+        at, end = extent
+        below = [hole_end for _, hole_end, _ in work.holes if hole_end <= at]
+        zeros_below = max([work.stream.zeros_below, *below])
+        while at < end:
+            within = at - file.first
+            stop = min(end, file.first + within - within % PART_BYTES + PART_BYTES)
+            work.parts.append(Part(file, at, stop, work.low, work.high, zeros_below))
+            at = stop
+
+    def _make_directory(self, stream: LiveStream) -> None:
+        if not stream.directory_synced:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(stream.directory, DIRECTORY_MODE)

@@ -1,0 +1,164 @@
+"""The storer's start: tables, catalog and directories are brought together before anything is written.
+
+The catalog is the truth about what is durable; the table says what the workers still hold. Files that the catalog does
+not account for are renamed to ``*.aside`` and named in the journal, never deleted; only empty early segments and files
+that retention had already given up are removed. Nothing is cut. A missing file stops its stream, loudly.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+
+from mpserverd.arena.state import Str, StreamFlag
+from mpserverd.log import MessageId
+from mpserverd.log_text import RateLimiter
+from mpserverd.storer.accounts import GoneBlock
+from mpserverd.storer.catalog import StreamRecord
+from mpserverd.storer.failures import rename_aside
+from mpserverd.storer.live import Desk, LiveStream
+from mpserverd.storer.opening import Opening
+
+logger = logging.getLogger(__name__)
+
+_SUFFIXES = (".seg", ".idx")
+
+
+class Recovery:
+    """``run`` once, before the first cycle."""
+
+    def __init__(self, desk: Desk, opening: Opening, gone: GoneBlock) -> None:
+        self._desk = desk
+        self._opening = opening
+        self._gone = gone
+        self._limiter = RateLimiter(60.0, 50)
+
+    def run(self) -> None:
+        records = {record.id: record for record in self._desk.catalog.streams()}
+        firsts = self._desk.catalog.segment_firsts()
+        live = self._adopt(records)
+        records = self._tidy(records, firsts, live)
+        self._look_at_files(records, firsts, live)
+        self._gone.compute(self._desk.catalog, live, self._released_rows())
+
+    # -- rows
+
+    def _adopt(self, records: Mapping[int, StreamRecord]) -> set[int]:
+        """Take up the streams in the table. Returns their catalog ids."""
+        desk = self._desk
+        by_epoch = {record.epoch: record for record in records.values()}
+        live = set()
+        for row in desk.live_rows().tolist():
+            stream = desk.learn(row)
+            if not desk.word(stream, Str.FLAGS) & StreamFlag.STORE:
+                continue
+            record = records.get(stream.catalog_id) or by_epoch.get(f"{desk.word(stream, Str.EPOCH):016x}")
+            stream.catalog_id = 0
+            if record is not None:
+                self._take_up(stream, record)
+                live.add(record.id)
+            elif desk.word(stream, Str.CATALOG_ID):
+                self._say("catalog does not know a stream: it goes on as a new one", stream=stream.name)
+                desk.state.words[stream.base + Str.CATALOG_ID] = 0
+        return live
+
+    def _take_up(self, stream: LiveStream, record: StreamRecord) -> None:
+        desk = self._desk
+        words, base = desk.state.words, stream.base
+        if record.name != stream.name:
+            desk.state.set_stream_name(stream.row, record.name)
+            stream.name = record.name
+        words[base + Str.CATALOG_ID] = record.id
+        if record.durable > words[base + Str.DURABLE]:  # committed, but not published
+            for column, value in (
+                (Str.STORED, record.durable),
+                (Str.STORED_HOLES, record.stored_holes),
+                (Str.DROPPED, record.dropped),
+                (Str.LOST, record.lost),
+                (Str.DURABLE_HOLES, record.stored_holes),
+                (Str.DURABLE_MONO_NS, time.monotonic_ns()),
+                (Str.DURABLE, record.durable),
+            ):
+                words[base + column] = value
+        words[base + Str.FIRST_OFFSET] = record.first_offset
+        words[base + Str.RETIRED] = record.retired
+        if not self._opening.attach(stream, record):
+            self._go_on_beside(stream, record)
+
+    def _go_on_beside(self, stream: LiveStream, record: StreamRecord) -> None:
+        """A live stream lost a file: what comes now goes to a fresh segment, the old ones stay as they are."""
+        desk = self._desk
+        stream.catalog_id = record.id
+        stream.directory = desk.path_of(record.directory)
+        stream.zeros_below = desk.catalog.last_hole_end(record.id)
+        now_unix_ns = time.time_ns()
+        with desk.catalog.transaction():
+            for segment in desk.catalog.segments(record.id):
+                if segment.end is None:
+                    desk.catalog.close_segments([(record.durable, "aside", now_unix_ns, record.id, segment.first)])
+
+    def _released_rows(self) -> list[list[int]]:
+        """Rows still in the table whose totals were already added to ``total``."""
+        released = self._desk.catalog.released()
+        rows = [stream.row for stream in self._desk.streams.values() if stream.number in released]
+        found: list[list[int]] = self._desk.state.streams[rows].tolist() if rows else []
+        return found
+
+    # -- the catalog
+
+    def _tidy(
+        self, records: Mapping[int, StreamRecord], firsts: Mapping[int, set[int]], live: set[int]
+    ) -> dict[int, StreamRecord]:
+        """Streams that began but never stored a byte go; those that are not in the table are not connected."""
+        catalog = self._desk.catalog
+        empty = [r.id for r in records.values() if r.id not in live and not r.durable and not firsts.get(r.id)]
+        adrift = [r.id for r in records.values() if r.id not in live and r.connected]
+        if empty or adrift:
+            with catalog.transaction():
+                catalog.set_connected(adrift, 0)
+                for stream in empty:
+                    catalog.remove_stream(stream)
+        return {number: record for number, record in records.items() if number not in set(empty)}
+
+    # -- files
+
+    def _look_at_files(
+        self, records: Mapping[int, StreamRecord], firsts: Mapping[int, set[int]], live: set[int]
+    ) -> None:
+        known = {record.directory: record for record in records.values()}
+        seen = set()
+        with os.scandir(self._desk.streams_path) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                record = known.get(entry.name)
+                if record is not None:
+                    seen.add(entry.name)
+                    self._look_into(entry.path, record, firsts.get(record.id, set()), is_live=record.id in live)
+                elif not entry.name.endswith(".aside"):
+                    self._say("directory unknown to the catalog set aside", file=rename_aside(entry.path))
+        for name in known.keys() - seen:
+            if firsts.get(known[name].id):
+                self._say("directory of a stream is missing", stream=known[name].name, directory=name)
+
+    def _look_into(self, path: str, record: StreamRecord, expected: set[int], *, is_live: bool) -> None:
+        missing = set(expected)
+        for name in os.listdir(path):
+            stem, suffix = os.path.splitext(name)
+            first = int(stem) if suffix in (*_SUFFIXES, ".new") and stem.isdecimal() else -1
+            if first in expected and suffix in _SUFFIXES:
+                if suffix == ".seg":
+                    missing.discard(first)
+            elif suffix == ".aside" or (is_live and suffix in _SUFFIXES and first >= record.durable):
+                continue  # or made by a storer that was killed before its commit: written again from the arena
+            elif suffix == ".new" or (suffix in _SUFFIXES and first >= 0 and first < record.first_offset):
+                os.unlink(os.path.join(path, name))
+            else:
+                self._say("file unknown to the catalog set aside", file=rename_aside(os.path.join(path, name)))
+        for first in sorted(missing):
+            self._say("segment is missing", stream=record.name, epoch=record.epoch, first=first)
+
+    def _say(self, text: str, **fields: object) -> None:
+        suppressed = self._limiter.admit(time.monotonic())
+        if suppressed is not None:
+            self._desk.note(logger, logging.ERROR, text, MessageId.SPOOL_DAMAGED, suppressed=suppressed, **fields)
