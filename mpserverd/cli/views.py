@@ -137,7 +137,7 @@ def ledger_view(report: dict[str, Any], out: TextIO, rows_max: int) -> None:
         table.add(one["equation"].replace("_bytes", ""), count_text(one["left"]), count_text(one["right"]), verdict)
     print_table(table, out, 0)
     print(f"\n{report['stream_count']:,} streams in the table, {report['gone_streams']:,} closed", file=out)
-    if "streams" in report:
+    if report.get("streams"):
         _accounts_view("every stream in the table", report["streams"], out, rows_max)
     if report["streams_off"]:
         _accounts_view("streams that are OFF", report["streams_off"], out, rows_max)
