@@ -245,6 +245,7 @@ class StateTable:
         self.slots = self._rows(self._slots_at, self.slot_count, SLOT_WORDS)
         self.latency = self._rows(latency_at, self.stream_count, LATENCY_BUCKETS)
         self._names_byte = names_at * WORD_BYTES
+        self._latency_at = latency_at
 
     def _rows(self, at: int, count: int, width: int) -> npt.NDArray[np.uint64]:
         return self._shared.array[at : at + count * width].reshape(count, width)
@@ -267,6 +268,9 @@ class StateTable:
 
     def stream_base(self, row: int) -> int:
         return self._streams_at + row * STREAM_WORDS
+
+    def latency_base(self, row: int) -> int:
+        return self._latency_at + row * LATENCY_BUCKETS
 
     def slot_base(self, slot: int) -> int:
         return self._slots_at + slot * SLOT_WORDS

@@ -236,7 +236,8 @@ class StreamWindow:
         number = min(self._current, len(chunks) - 1)
         while number > 0 and chunks[number].base > first:  # what is read back is the newest: walk from that end
             number -= 1
-        for chunk in itertools.islice(chunks, max(number, 0), None):
+        for index in range(max(number, 0), len(chunks)):
+            chunk = chunks[index]
             if chunk.base >= end:
                 break
             start = max(first, chunk.base)

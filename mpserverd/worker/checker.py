@@ -14,11 +14,12 @@ No system calls, no clock: the time at which bytes were received comes with them
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from mpserverd.arena.latency import bucket_index
+from mpserverd.arena.latency import bucket_of
 from mpserverd.arena.state import Check, StateTable, Str
 from mpserverd.arena.window import StreamWindow
 from mpserverd.protocol.layout import PacketLayout
@@ -36,6 +37,10 @@ class Field:
 
     kind: np.dtype[np.generic]
     offset: int
+
+    @property
+    def order(self) -> Literal["little", "big"]:
+        return "big" if self.kind.byteorder == ">" else "little"
 
 
 def _field(layout: PacketLayout, name: str | None) -> Field | None:
@@ -70,9 +75,8 @@ class Checker:
     def __init__(self, state: StateTable, row: int, layout: PacketLayout | None, scratch: Scratch | None) -> None:
         self._words = state.words
         self._base = base = state.stream_base(row)
-        self._row = row
         self._scratch = scratch
-        self._latency = state.latency
+        self._latency_base = state.latency_base(row)
         self._select = int(state.words[base + Str.CHECK_SELECT]) & 1
         record = base + (Str.CHECK0, Str.CHECK1)[self._select]
         self.checked = int(state.words[record + Check.CHECKED])
@@ -186,20 +190,22 @@ class Checker:
 
     def _sample_latency(self, window: StreamWindow, packet: int, field: Field) -> None:
         """One packet a ``recv``: the last whole one that it completed."""
-        samples = []
+        words, slowest = self._words, 0
         for reached, received_ns in self.marks[-MARKS_MAX:]:
             start = (reached // packet - 1) * packet
             if start < self.checked:
                 continue
             pieces = window.pieces(start, start + packet)
-            raw = b"".join(bytes(window.data[at : at + length]) for at, length in pieces)
-            if len(raw) == packet:
-                samples.append(received_ns - int(np.frombuffer(raw, field.kind, 1, field.offset)[0]))
+            if len(pieces) == 1:
+                at = pieces[0][0] + field.offset
+                raw = bytes(window.data[at : at + field.kind.itemsize])
+            else:
+                joined = b"".join(bytes(window.data[at : at + length]) for at, length in pieces)
+                raw = joined[field.offset : field.offset + field.kind.itemsize]
+            if len(raw) == field.kind.itemsize:
+                latency_ns = max(0, received_ns - int.from_bytes(raw, field.order))
+                words[self._latency_base + bucket_of(latency_ns)] += 1
+                slowest = max(slowest, latency_ns)
         self.marks.clear()
-        if not samples:
-            return
-        latencies = np.maximum(np.array(samples, np.int64), 0)
-        np.add.at(self._latency[self._row], bucket_index(latencies), np.uint64(1))
-        slowest = int(latencies.max())
-        word = self._base + Str.LATENCY_MAX_NS
-        self._words[word] = max(self._words[word], slowest)
+        if slowest > words[self._base + Str.LATENCY_MAX_NS]:  # noqa: PLR1730  (a store that is nearly never needed)
+            words[self._base + Str.LATENCY_MAX_NS] = slowest

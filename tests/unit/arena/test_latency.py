@@ -14,6 +14,7 @@ from mpserverd.arena.latency import (
     LATENCY_NS_MIN,
     bucket_edges_ns,
     bucket_index,
+    bucket_of,
     percentiles,
     quantiles_ns,
 )
@@ -80,3 +81,9 @@ def test_many_histograms_at_once_give_what_each_gives_alone() -> None:
     for row in range(20):
         alone = percentiles(counts[row], [0.5, 0.999])
         assert [None if np.isnan(v) else float(v) for v in together[row]] == alone
+
+
+def test_one_latency_falls_into_the_same_bucket_as_an_array_of_it() -> None:
+    edges = [int(edge) for edge in bucket_edges_ns()]
+    values = sorted({0, 1, *(edge + step for edge in edges for step in (-1, 0, 1))})
+    assert [bucket_of(value) for value in values] == bucket_index(np.array(values, np.int64)).tolist()
