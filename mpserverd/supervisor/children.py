@@ -194,6 +194,7 @@ class Children:
             supervisor_doorbell_fd=core.bells.supervisor,
             storer_doorbell_fd=core.bells.storer,
             worker_doorbell_fds=core.bells.workers,
+            lock_fd=core.spool_lock_fd if child.role is Role.STORER else -1,
         )
 
     def _prepare_slot(self, child: Child) -> None:

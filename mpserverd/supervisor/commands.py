@@ -195,7 +195,7 @@ def _child_facts(child: Child) -> dict[str, Any]:
     return {
         "index": child.index,
         "name": child.name,
-        "pid": child.pid if child.state.alive else None,
+        "pid": child.pid if child.state.alive else 0,
         "state": child.state.value,
         "restarts": child.restarts,
         "slot": child.slot,

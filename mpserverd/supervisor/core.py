@@ -72,6 +72,7 @@ class Core:
     """What the tables and limits made at the start allow; a reload may raise ``max_clients`` up to this."""
     listeners: dict[int, ListenerConfig] = dataclasses.field(default_factory=dict)
     stopping: bool = False
+    spool_lock_fd: int = -1
 
     def note(
         self,
@@ -103,6 +104,7 @@ class Core:
     def close(self) -> None:
         """Only after the last child is dead."""
         self.bells.close()
-        for fd in (self.state.fd, self.arena.table.fd, self.arena.data_fd):
-            os.close(fd)
+        for fd in (self.state.fd, self.arena.table.fd, self.arena.data_fd, self.spool_lock_fd):
+            if fd >= 0:
+                os.close(fd)
         self.loop.close()

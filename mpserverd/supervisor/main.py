@@ -42,6 +42,7 @@ from mpserverd.supervisor.resources import (
     fit_clients,
 )
 from mpserverd.supervisor.spawn import Program
+from mpserverd.supervisor.spool_lock import try_lock_spool
 from mpserverd.supervisor.states import ChildState
 from mpserverd.supervisor.stats_tick import StatsTick
 from mpserverd.supervisor.stopping import Stop, StopPhase
@@ -169,6 +170,7 @@ class Supervisor:
         control = open_control_socket(path)
         self._control = ControlServer(self._core, path, control, self._answer)
         self._accepting.open_all(self._core.config)
+        self._core.spool_lock_fd = try_lock_spool(self._core.config.spool.path)
 
     def _start_children(self) -> None:
         self._children.fork(self._children.add_storer())
