@@ -182,6 +182,8 @@ def run(arguments: argparse.Namespace) -> int:
     """The command ``run``; its exit code."""
     scenario = make_scenario(arguments)
     ask = None if arguments.control_socket is None else control_client(arguments.control_socket)
+    if ask is not None:
+        ask()  # what cannot be had afterwards is said before
     if arguments.verify is not None:
         open_spool(arguments.verify)
     processes = min(arguments.processes or os.cpu_count() or 1, scenario.clients)
@@ -202,8 +204,12 @@ def _send(
     figures: list[DaemonFigures] = []
 
     def before_close(sent_bytes: dict[str, int]) -> None:
-        if ask is not None:
+        if ask is None:
+            return
+        try:
             figures.append(collect(ask, sent_bytes))
+        except MpserverdError as error:
+            print(f"mpload: --control-socket: {error}", file=sys.stderr)  # the run is done, its figures are good
 
     # senders first: a fork after the start of the live view would copy its thread's locks
     with (

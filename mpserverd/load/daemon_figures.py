@@ -1,21 +1,21 @@
 """What the daemon itself says about our connections: latency, and how much it has received.
 
-It asks over the control socket while the connections are still open, because the daemon's list has open ones only.
+It looks at the daemon's shared tables, as mpserverctl does, while the connections are still open, because the list of
+connections has open ones only.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from mpserverd.errors import MpserverdError
 
 PERCENTILES = ("p50", "p99", "p999", "max")
 WAIT_S_MAX, POLL_S = 10.0, 0.1
 
-Ask = Callable[[], Any]
+Rows = Sequence[Mapping[str, Any]]
+Ask = Callable[[], Rows]
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,14 @@ class DaemonFigures:
 
 
 def control_client(path: str) -> Ask:
-    """A function that returns the daemon's clients. Raises MpserverdError when there is no control client."""
-    try:
-        from mpserverd.control.client import request  # noqa: PLC0415 - only needed with --control-socket
-    except ImportError as error:
-        raise MpserverdError(f"--control-socket: the control client cannot be imported ({error})") from None
-    return lambda: request(path, "clients")
+    """A function that returns the daemon's clients, computed from its shared tables as mpserverctl does.
+
+    The function raises UnreachableError when no daemon answers at ``path``.
+    """
+    from mpserverd.arena.clients import clients  # noqa: PLC0415 - only needed with --control-socket
+    from mpserverd.arena.live import open_state  # noqa: PLC0415
+
+    return lambda: clients(open_state(path))
 
 
 def collect(
@@ -53,10 +55,9 @@ def collect(
         wait(POLL_S)
 
 
-def merge(reply: Any, sent_bytes: Mapping[str, int]) -> DaemonFigures:
+def merge(reply: Rows, sent_bytes: Mapping[str, int]) -> DaemonFigures:
     """Rows of the reply that are ours; a row has at least ``peer``, ``bytes`` and ``latency_ms``."""
-    listed = reply.get("clients", []) if isinstance(reply, dict) else reply
-    rows = [row for row in listed if row.get("peer") in sent_bytes]
+    rows = [row for row in reply if row.get("peer") in sent_bytes]
     latencies = [row["latency_ms"] for row in rows if row.get("latency_ms")]
     worst = {
         name: max(latency[name] for latency in latencies if latency.get(name) is not None)

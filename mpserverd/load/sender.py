@@ -32,7 +32,8 @@ from mpserverd.load.scenario import FLAT_OUT_BLOCK_BYTES, Scenario
 
 PROGRESS_NS = NS_PER_S // 4
 TURN_BLOCKS_PACED = 16
-"""Blocks that one late client may send before the others have their turn."""
+TURN_BYTES_FLAT_OUT = 128 << 10
+"""What one client may send before the others have their turn: late batches, or about one send buffer."""
 IDLE_NS_MAX = NS_PER_S
 CONNECTING_MAX = 512
 """Attempts in progress at once in one process: a listen queue is some 4,096 long, and shared by all of them."""
@@ -72,7 +73,8 @@ class Sender:
         self._give_up_ns: int | None = None
         self._progress_ns = 0
         self._moved: tuple[int, int] = (0, 0)
-        self._turn_blocks = 1 if scenario.flat_out else TURN_BLOCKS_PACED
+        block_bytes = blocks[0].count_max * scenario.packet_size
+        self._turn_blocks = max(1, TURN_BYTES_FLAT_OUT // block_bytes) if scenario.flat_out else TURN_BLOCKS_PACED
 
     @staticmethod
     def _blocks(scenario: Scenario, clients: range, shared: bool) -> list[PacketBlock]:
@@ -111,7 +113,7 @@ class Sender:
     def _poll(self, timeout_s: float) -> list[tuple[selectors.SelectorKey, int]]:
         """epoll counts in whole milliseconds, and select() in microseconds; so select() waits for the epoll."""
         fileno = getattr(self._selector, "fileno", None)
-        if fileno is None or timeout_s == 0:
+        if fileno is None or timeout_s == 0 or self.scenario.flat_out:
             return self._selector.select(timeout_s)
         select.select([fileno()], [], [], timeout_s)
         return self._selector.select(0)

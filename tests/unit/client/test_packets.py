@@ -36,6 +36,15 @@ def test_a_block_that_serves_many_clients_mixes_nothing_up(size: int, turns: lis
         assert bytes(shared.fill(client, first, 9, 7)) == bytes(PacketBlock(size, 9, seed=1).fill(client, first, 9, 7))
 
 
+@given(firsts=st.lists(st.tuples(st.sampled_from([0, 9, 18, 27, 5]), st.sampled_from([9, 9, 9, 4]), st.integers(0, 2))))
+def test_a_block_that_goes_on_is_as_one_filled_anew(firsts: list[tuple[int, int, int]]) -> None:
+    """The short cut for full blocks in a row, with every way to fall off it."""
+    block = PacketBlock(16, 9, seed=1)
+    for first, count, time_ns in firsts:
+        anew = PacketBlock(16, 9, seed=1).fill(0, first, count, time_ns)
+        assert bytes(block.fill(0, first, count, time_ns)) == bytes(anew)
+
+
 def test_packets_begin_with_sequence_and_time() -> None:
     packets = bytes(PacketBlock(24, 4, seed=1).fill(2, 1000, 4, 1_700_000_000_000_000_007))
     for index in range(4):
