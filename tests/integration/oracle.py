@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import pathlib
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import mpserverd
 
@@ -42,7 +42,8 @@ def stored_streams(spool: pathlib.Path) -> list[StoredStream]:
         streams = []
         for number, name, epoch, directory, packet_size, first, durable, truncated in rows:
             holes = catalog.execute("SELECT first, end FROM hole WHERE stream = ? ORDER BY first", (number,)).fetchall()
-            content = _without(holes, first, _read_segments(spool / "streams" / directory, first, durable))
+            pieces = [_read(spool / "streams" / directory, *extent) for extent in _between(holes, first, durable)]
+            content = b"".join(pieces)
             streams.append(StoredStream(name, epoch, packet_size, first, durable, truncated, content))
     for stream in streams:
         through_api = api_bytes(spool, f"{stream.name}@{stream.epoch}")
@@ -56,29 +57,31 @@ def api_bytes(spool: pathlib.Path, name: str) -> bytes:
         return b"".join(bytes(view) for view in stream.read_bytes())
 
 
-def _read_segments(directory: pathlib.Path, first: int, durable: int) -> bytes:
-    """Bytes [first, durable) out of files that are named by their first byte's offset."""
+def _read(directory: pathlib.Path, first: int, end: int) -> bytes:
+    """Bytes [first, end) out of files that are named by their first byte's offset."""
+    bases = sorted((int(path.stem), path) for path in directory.glob("*.seg"))
     content = bytearray()
-    for path in sorted(directory.glob("*.seg")) if directory.exists() else []:
-        base = int(path.stem)
-        wanted_from = first + len(content)
-        if base > wanted_from or wanted_from >= durable:
-            break
+    while first + len(content) < end:
+        at = first + len(content)
+        base, path = max(pair for pair in bases if pair[0] <= at)
+        piece_end = min([end, *(other for other, _ in bases if other > at)])
         with path.open("rb") as segment:
-            segment.seek(wanted_from - base)
-            following = [int(other.stem) for other in directory.glob("*.seg") if int(other.stem) > base]
-            content += segment.read(min([durable, *following]) - wanted_from)
-    assert len(content) == durable - first, f"{directory}: {len(content)} of {durable - first} durable bytes"
+            segment.seek(at - base)
+            piece = segment.read(piece_end - at)
+        assert len(piece) == piece_end - at, f"{path} ends at {at + len(piece)}, before {piece_end}"
+        content += piece
     return bytes(content)
 
 
-def _without(holes: Iterable[tuple[int, int]], first: int, content: bytes) -> bytes:
-    pieces, at = [], first
+def _between(holes: Iterable[tuple[int, int]], first: int, end: int) -> Iterator[tuple[int, int]]:
+    """What of [first, end) lies in no hole."""
+    at = first
     for hole_first, hole_end in holes:
-        if hole_end > at:
-            pieces.append(content[at - first : max(hole_first, at) - first])
-            at = hole_end
-    return b"".join([*pieces, content[at - first :]])
+        if at < hole_first:
+            yield at, min(hole_first, end)
+        at = max(at, hole_end)
+    if at < end:
+        yield at, end
 
 
 def stored_digests(spool: pathlib.Path) -> collections.Counter[str]:
