@@ -28,8 +28,8 @@ from mpserverd.load.scenario import Scenario, split_clients, targets_as_text
 from mpserverd.load.sender import run_sender
 
 TICK_S = 0.25
-START_MARGIN_NS = 20_000_000
-"""Between the order to start and the start, so that the order has reached every process by then."""
+START_MARGIN_NS, START_MARGIN_NS_PER_CLIENT = 20_000_000, 50_000
+"""Between the order to start and the start: every process has heard it by then and has made its clients' schedules."""
 EXIT_DEADLINE_S = 5.0
 
 
@@ -138,7 +138,7 @@ class Crew:
 
     def _start(self) -> None:
         outcome = self.outcome
-        outcome.start_ns = time.monotonic_ns() + START_MARGIN_NS
+        outcome.start_ns = time.monotonic_ns() + START_MARGIN_NS + START_MARGIN_NS_PER_CLIENT * self.scenario.clients
         outcome.unix_offset_ns = time.time_ns() - time.monotonic_ns()
         outcome.started_unix_ns = outcome.start_ns + outcome.unix_offset_ns
         self._tell("start", start_ns=outcome.start_ns, unix_offset_ns=outcome.unix_offset_ns)

@@ -10,6 +10,7 @@ import ipaddress
 import itertools
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 from mpserverd.client.packets import count_for_bytes
@@ -49,11 +50,11 @@ class Scenario:
         if self.packets is None and self.duration_s is None:
             raise UsageError("neither a duration nor a number of packets: the run would have no end")
 
-    @property
+    @cached_property
     def flat_out(self) -> bool:
         return self.rate == 0
 
-    @property
+    @cached_property
     def packets_per_client(self) -> int | None:
         """What each client is to send; None: as much as it can until the time is over."""
         if self.flat_out or self.duration_s is None:
@@ -61,7 +62,7 @@ class Scenario:
         timed = round(self.rate * Fraction(self.duration_s))
         return timed if self.packets is None else min(timed, self.packets)
 
-    @property
+    @cached_property
     def phase_step(self) -> Fraction:
         """Nanoseconds between the first batches of two neighbours, so that all clients fill one batch's time evenly."""
         if self.flat_out:

@@ -291,6 +291,10 @@ def run_sender(scenario: Scenario, clients: range, control: socket.socket, inher
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; mpload tells us what to do
     for sock in inherited:
         sock.close()
+    if sys.platform != "win32":
+        from mpserverd.net.fdlimit import raise_descriptor_limit  # noqa: PLC0415 - not there on every OS
+
+        raise_descriptor_limit()
     try:
         Sender(scenario, clients, MessageStream(control)).run()
     except (BrokenPipeError, ConnectionError):

@@ -20,13 +20,15 @@ READ_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class StoredStream:
-    """Sizes are bytes. ``end_offset`` counts holes too, ``stored_bytes`` does not; ``complete``: no more will come."""
+    """Sizes are bytes. ``end_offset`` counts holes too, ``stored_bytes`` does not; ``complete``: no more will come.
+    ``packet_size`` is None where only the files are known."""
 
     name: str
     first_offset: int
     end_offset: int
     stored_bytes: int
     complete: bool
+    packet_size: int | None = None
 
 
 class SpoolView(Protocol):
@@ -45,7 +47,14 @@ class CatalogView:
         from mpserverd.streams.listing import list_streams  # noqa: PLC0415 - only who verifies pays for the import
 
         return [
-            StoredStream(info.name, info.first_offset, info.durable_offset, info.durable_bytes, not info.connected)
+            StoredStream(
+                name=info.name,
+                first_offset=info.first_offset,
+                end_offset=info.durable_offset,
+                stored_bytes=info.durable_bytes,
+                complete=not info.connected,
+                packet_size=info.packet_size,
+            )
             for info in list_streams(self.spool)
         ]
 

@@ -36,13 +36,14 @@ class MemorySpool:
     hole_bytes: int = 0
     later: dict[str, bytes] = field(default_factory=dict)
     looks: int = 0
+    packet_size: int | None = None
 
     def streams(self) -> list[StoredStream]:
         known = self.contents | (self.later if self.looks else {})
         self.looks += 1
         first, hole = self.first_offset, self.hole_bytes
         return [
-            StoredStream(name, first, first + len(content) + hole, len(content), self.complete)
+            StoredStream(name, first, first + len(content) + hole, len(content), self.complete, self.packet_size)
             for name, content in known.items()
         ]
 
@@ -110,6 +111,12 @@ def test_holes_and_retired_bytes_are_called_by_name() -> None:
     assert "160 bytes are holes; the first difference is at offset 0" in hole
     (retired,) = outcome(MemorySpool({stream(): CONTENT[160:]}, first_offset=160)).mismatches
     assert "the first 160 bytes were retired" in retired
+
+
+def test_a_listener_of_another_packet_size_is_named_without_waiting() -> None:
+    waits: list[float] = []
+    (line,) = outcome(MemorySpool({stream(): CONTENT[:-4]}, packet_size=12), wait=waits.append).mismatches
+    assert line.endswith("the listener's packets have 12 bytes, those sent 16") and not waits
 
 
 def test_a_wrong_time_is_found_in_a_paced_run() -> None:
