@@ -276,14 +276,25 @@ class Sender:
         for link in self.links:
             lateness.merge(link.lateness)
             connect.merge(link.connect)
-        times = os.times()
+        user_s, system_s = cpu_times_s()
         return {
             "clients": [dataclasses.asdict(link.result()) for link in self.links],
             "lateness": lateness.to_json(),
             "connect": connect.to_json(),
-            "cpu_user_s": times.user,
-            "cpu_system_s": times.system,
+            "cpu_user_s": user_s,
+            "cpu_system_s": system_s,
         }
+
+
+def cpu_times_s() -> tuple[float, float]:
+    """User and kernel time of this process; os.times() would count in hundredths of a second."""
+    if sys.platform == "win32":
+        times = os.times()
+        return times.user, times.system
+    import resource  # noqa: PLC0415 - not there on every OS
+
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime, usage.ru_stime
 
 
 def run_sender(scenario: Scenario, clients: range, control: socket.socket, inherited: list[socket.socket]) -> None:
