@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import errno
 import logging
 import os
 import signal
@@ -39,8 +40,10 @@ UNKILLABLE_S = 5.0
 LEAVE_TIMEOUT_S = 3.0
 """From DRAINED to the exit; by then the child holds nothing that counts."""
 FORK_AGAIN_S = 1.0
+SEND_AGAIN_S = 0.1
 MESSAGES_A_WAKE = 256
 _SPARE_MESSAGES = 1024
+_PEER_GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ECONNREFUSED})
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -63,6 +66,8 @@ class Child:
     wanted: bool = True
     """False once it is told to stop: its exit is then its end."""
     drained: bool = False
+    held: bool = False
+    """Its messages wait for room in the kernel, and a timer looks again."""
     killed_why: str = ""
     last_words: str = ""
     """Text of its last EVENT; why a storer could not start."""
@@ -213,7 +218,7 @@ class Children:
         """Queue a message. A child that is gone gets nothing: whoever sent it hears of the death."""
         if child.channel is None:
             return
-        if not child.outbox and self._try_send(child, message):
+        if not child.outbox and not child.held and self._try_send(child, message):
             return
         child.outbox.append(message)
         if len(child.outbox) > 2 * self._core.clients_max + _SPARE_MESSAGES:
@@ -226,25 +231,39 @@ class Children:
 
     def _try_send(self, child: Child, message: Message) -> bool:
         """True when the message needs no more care: sent, or its receiver is dying."""
-        assert child.channel is not None
+        if child.channel is None:
+            return True
         try:
             return child.channel.send(message)
         except OSError as error:
+            if error.errno not in _PEER_GONE:
+                self._hold(child, error)
+                return False
             log.event(
                 logger, logging.DEBUG, "message lost", child=child.name, kind=message.kind.name, error=error.strerror
             )
             return True
 
+    def _hold(self, child: Child, error: OSError) -> None:
+        """The kernel has no room for the message (descriptors in flight, memory); EPOLLOUT would not say so."""
+        child.held = True
+        log.event(logger, logging.WARNING, "message waits", child=child.name, error=error.strerror)
+        self._core.loop.after(SEND_AGAIN_S, lambda: self._flush(child))
+
+    def _flush(self, child: Child) -> None:
+        child.held = False
+        while child.outbox and self._try_send(child, child.outbox[0]):
+            child.outbox.popleft()
+        self._watch_channel(child)
+
     def _watch_channel(self, child: Child) -> None:
         if child.channel is not None:
-            events = READ | WRITE if child.outbox else READ
+            events = READ | WRITE if child.outbox and not child.held else READ
             self._core.loop.watch(child.channel.fileno(), events, lambda events: self._talk(child, events))
 
     def _talk(self, child: Child, events: int) -> None:
         if events & WRITE:
-            while child.outbox and self._try_send(child, child.outbox[0]):
-                child.outbox.popleft()
-            self._watch_channel(child)
+            self._flush(child)
         if events & ~WRITE:
             self._listen(child)
 

@@ -69,8 +69,8 @@ def _become(
         _reset_signals(mask)
         close_all_but({0, 1, 2, *launch.keep_fds})
         _name_process(launch.name)
-        _adjust(launch.role, cpus)
         log.setup(launch.config.log, process=launch.name)
+        _adjust(launch.role, cpus)
         program(launch)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
@@ -130,8 +130,12 @@ def _name_process(name: str) -> None:
 
 
 def _adjust(role: Role, cpus: Sequence[int] | None) -> None:
-    if cpus:
-        os.sched_setaffinity(0, cpus)
+    """What it may run on, and when it is killed for memory. Neither is worth a child that does not start."""
+    try:
+        if cpus:
+            os.sched_setaffinity(0, cpus)
+    except OSError as error:
+        log.event(logger, logging.WARNING, "cpu affinity not applied", cpus=list(cpus or ()), error=error.strerror)
     try:
         with open("/proc/self/oom_score_adj", "r+", encoding="ascii") as file:
             score = int(file.read())

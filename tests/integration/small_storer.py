@@ -135,7 +135,11 @@ class SmallStorer:
         let_go, offered, durable = int(words[Str.LET_GO]), int(words[Str.OFFERED]), int(words[Str.DURABLE])
         chunks = table.used_by(int(words[Str.NUMBER]))
         if offered > durable:
-            with open(self._spool / self._state.stream_name(row), "ab") as file:
+            # At its own place: what a killed storer wrote and did not publish is written over.
+            path = self._spool / self._state.stream_name(row)
+            path.touch()
+            with open(path, "r+b") as file:
+                file.seek(durable)
                 for index in chunks:
                     base = int(table.bases[index])
                     first, end = max(durable, base), min(offered, base + table.chunk_bytes)

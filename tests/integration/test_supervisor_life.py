@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from mpserverd.arena.chunks import USED
 from mpserverd.arena.state import Con, Slot
 from tests.integration.supervisor_driver import RunningSupervisor, packets, wait_for
 
@@ -131,6 +134,68 @@ def test_killed_workers_lose_no_byte(tmp_path: Path) -> None:
         assert only_stream(supervisor, len(body)) == body
         assert supervisor.log().count("connections adopted") == 3
         assert supervisor.stop() == 0
+
+
+def test_a_storm_of_deaths_and_reloads_loses_no_byte(tmp_path: Path) -> None:
+    """Clients send all the while; workers are killed or stopped, and configurations reloaded, in a random order."""
+    seed = int.from_bytes(os.urandom(4), "little")
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    bodies = [packets(150_000, number) for number in range(4)]
+    with RunningSupervisor(tmp_path, workers=3, heartbeat_timeout_s=2.5) as supervisor:
+        over = threading.Event()
+
+        def send(body: bytes) -> None:
+            with supervisor.connect() as client:
+                step = 8_008
+                for at in range(0, len(body), step):
+                    client.sendall(body[at : at + step])
+                    over.wait(0.005)
+
+        senders = [threading.Thread(target=send, args=(body,)) for body in bodies]
+        for sender in senders:
+            sender.start()
+        try:
+            for _ in range(10):
+                storm(supervisor, chance)
+                over.wait(chance.random() * 0.1)
+        finally:
+            over.set()
+            for sender in senders:
+                sender.join()
+        wait_for(lambda: sum(map(len, supervisor.stored().values())) >= sum(map(len, bodies)), 30)
+        assert sorted(supervisor.stored().values()) == sorted(bodies)
+        wait_for(lambda: supervisor.word(Con.STATE) == [])
+        with supervisor.tables() as (_, _, chunks):
+            assert not ((chunks.words & 3) == USED).any(), "every chunk came back"
+        assert supervisor.stop() == 0
+
+
+def storm(supervisor: RunningSupervisor, chance: random.Random) -> None:
+    workers = supervisor.workers()
+    what = chance.choice(["kill", "kill", "stop", "reload"])
+    if what == "reload" or not workers:
+        supervisor.signal(signal.SIGHUP)
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(chance.choice(workers)["pid"], signal.SIGKILL if what == "kill" else signal.SIGSTOP)
+
+
+def test_messages_that_do_not_fit_a_channel_wait(tmp_path: Path) -> None:
+    """A socket's buffer holds about 278 messages; the worker is stopped while 400 connections come."""
+    with (
+        RunningSupervisor(tmp_path, workers=1, max_clients=500, buffers="64 MiB", heartbeat_timeout_s=60) as supervisor,
+        contextlib.ExitStack() as clients,
+    ):
+        (worker,) = supervisor.workers()
+        os.kill(worker["pid"], signal.SIGSTOP)
+        sockets = [clients.enter_context(supervisor.connect()) for _ in range(400)]
+        wait_for(lambda: supervisor.workers()[0]["connections"] == 400)
+        os.kill(worker["pid"], signal.SIGCONT)
+        for number, client in enumerate(sockets):
+            client.sendall(packets(1, number))
+        wait_for(lambda: len(supervisor.stored()) == 400 and all(supervisor.stored().values()))
+        assert sorted(supervisor.stored().values()) == sorted(packets(1, number) for number in range(400))
 
 
 def test_the_only_worker_killed_is_replaced_and_takes_up_its_connection(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpserverd.control.messages import Reply, Request
@@ -17,6 +17,7 @@ VALUES = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.text(max_size=20), st.dictionaries(st.text(max_size=10), VALUES, max_size=3))
 def test_requests_come_back_and_stay_on_one_line(command: str, arguments: dict[str, object]) -> None:
     line = Request(command, arguments).encode()
@@ -24,6 +25,7 @@ def test_requests_come_back_and_stay_on_one_line(command: str, arguments: dict[s
     assert Request.decode(line) == Request(command, arguments)
 
 
+@settings(deadline=None)
 @given(VALUES)
 def test_replies_come_back(result: object) -> None:
     assert Reply.decode(Reply(True, result).encode()) == Reply(True, result)
@@ -34,6 +36,7 @@ def test_faults_keep_text_and_exit_code() -> None:
     assert Reply.decode(fault.encode()) == fault
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=100))
 def test_nonsense_is_a_protocol_error_and_nothing_else(line: bytes) -> None:
     for decode in (Request.decode, Reply.decode):

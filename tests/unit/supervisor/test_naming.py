@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpserverd.limits import STREAM_NAME_BYTES_MAX
@@ -21,6 +21,7 @@ def test_colons_of_an_ipv6_address_become_dashes() -> None:
     assert peer_stream_name(V6, 1, 0) == "2001-db8--1-1-19700101T000000.000000Z"
 
 
+@settings(deadline=None)
 @given(st.ip_addresses(), st.integers(0, 65535), st.integers(0, 4_000_000_000 * 10**9))
 def test_names_are_safe_and_short(address: ipaddress.IPv4Address, port: int, unix_ns: int) -> None:
     name = peer_stream_name(address, port, unix_ns)
@@ -38,6 +39,7 @@ def test_mapped_and_scoped_addresses_are_what_they_mean() -> None:
     assert normal_address("fe80::1%2") == ipaddress.ip_address("fe80::1")
 
 
+@settings(deadline=None)
 @given(st.ip_addresses())
 def test_addresses_come_back_from_their_two_words(address: ipaddress.IPv4Address) -> None:
     high, low = split_address(address)

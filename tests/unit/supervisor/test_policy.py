@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpserverd.supervisor.policy import GIVE_UP_DEATHS, QUIET_S, RestartPolicy, lease_count
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10_000), st.integers(0, 10_000), st.integers(0, 64))
 def test_a_lease_is_never_more_than_wanted_or_free_and_leaves_half(free: int, wanted: int, askers: int) -> None:
     count = lease_count(free, wanted, askers)
