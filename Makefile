@@ -22,6 +22,8 @@ PACKET_SIZE ?= 16
 TESTS ?= tests
 PYTEST ?=
 BENCH ?=
+# Beside the package itself: what other tests are built from.
+TYPED := packaging/demo.py tests/bench $(addprefix tests/integration/,driver.py oracle.py senders.py)
 
 .PHONY: help setup run test lint bench clean
 
@@ -45,7 +47,7 @@ lint: setup
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check . || { echo "lint: type: $(BIN)/ruff format ." >&2; exit 1; }
 	@$(BIN)/mypy --no-error-summary
-	@$(BIN)/mypy --no-error-summary --explicit-package-bases tests/integration tests/bench packaging/demo.py
+	@$(BIN)/mypy --no-error-summary --explicit-package-bases $(TYPED)
 
 bench: setup
 	@exec $(BIN)/python tests/bench/bench.py $(BENCH)

@@ -15,6 +15,7 @@ import os
 import pathlib
 import platform
 import shutil
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -54,6 +55,16 @@ class Result:
         return "yes" if (self.value >= self.aim if self.higher_is_better else self.value <= self.aim) else "NO"
 
 
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """``ns`` is CPU time of the whole daemon a packet, ``storer_ns`` the storer's part of it. ``rate`` is in packets/s:
+    until the last one is durable, or as they are sent when nothing is stored."""
+
+    ns: float
+    storer_ns: float
+    rate: float
+
+
 class Bench:
     def __init__(self, directory: pathlib.Path, rounds: int, duration_s: float) -> None:
         self.directory = directory
@@ -70,7 +81,7 @@ class Bench:
 
     @contextlib.contextmanager
     def daemon(self, **changes: Any) -> Iterator[Daemon]:
-        """Four workers and 64 MiB of buffers unless ``changes`` say otherwise; stopped and removed afterwards."""
+        """Four workers and 64 MiB of buffers, the defaults, unless ``changes`` say otherwise; removed afterwards."""
         home = pathlib.Path(tempfile.mkdtemp(prefix="daemon-", dir=self.directory))
         settings: dict[str, Any] = {
             "server": {"workers": 4, "max_clients": 300},
@@ -99,37 +110,40 @@ class Bench:
         result: dict[str, Any] = json.loads(report.read_text())
         return result
 
-    def flat_out(self, clients: int = 1, **changes: Any) -> tuple[float, float]:
-        """CPU ns of the whole daemon a packet, and packets/s until the last one is durable (or checked)."""
+    def flat_out(self, clients: int = 1, **changes: Any) -> Cost:
         stored = changes.get("listener", {}).get("store", True)
         with self.daemon(**changes) as daemon:
-            port, pids = daemon.port(), daemon.pids()
-            cpu_before, started = readings.cpu_s(pids), time.monotonic()
-            sent = int(self.load(port, clients=clients)["packets_sent"])
+            port, pids, storer = daemon.port(), daemon.pids(), daemon.pid_of("storer")
+            before, storer_before = readings.cpu_s(pids), readings.cpu_s([storer])
+            report = self.load(port, clients=clients)
+            sent = int(report["packets_sent"])
             account = "durable_bytes" if stored else "received_bytes"
             daemon.wait_for(lambda: daemon.account(account) == sent * PACKET_BYTES, DURABLE_DEADLINE_S)
-            wall_s, cpu = time.monotonic() - started, readings.cpu_s(pids) - cpu_before
+            cpu_s, storer_s = readings.cpu_s(pids) - before, readings.cpu_s([storer]) - storer_before
+            wall_s = stored_within_s(daemon.spool) if stored else float(report["duration_s"])
             daemon.ledger()
-        return cpu / sent * 1e9, sent / wall_s
+        return Cost(cpu_s / sent * 1e9, storer_s / sent * 1e9, sent / wall_s)
 
     # -- the measurements
 
     def cpu_of_one_client(self) -> None:
         """One flat-out client against socat and against a plain writer, round by round."""
-        names = ("socat", "stored", "unstored", "stored_rate", "writer_rate")
+        names = ("socat", "stored", "storer", "unstored", "stored_rate", "writer_rate")
         rows: dict[str, list[float]] = {name: [] for name in names}
         for _ in range(self.rounds):
             cpu, sent_bytes = baselines.socat_cpu_s(lambda port: int(self.load(port)["bytes_sent"]))
             rows["socat"].append(cpu / (sent_bytes / PACKET_BYTES) * 1e9)
-            stored_ns, stored_rate = self.flat_out()
-            rows["stored"].append(stored_ns)
-            rows["stored_rate"].append(stored_rate)
+            cost = self.flat_out()
+            rows["stored"].append(cost.ns)
+            rows["storer"].append(cost.storer_ns)
+            rows["stored_rate"].append(cost.rate)
             writer = baselines.direct_writer_bytes_per_s(self.directory, self.duration_s)
             rows["writer_rate"].append(writer / PACKET_BYTES)
-            rows["unstored"].append(self.flat_out(listener={"store": False})[0])
-        socat, stored, unstored, stored_rate, writer_rate = (statistics.median(rows[name]) for name in names)
+            rows["unstored"].append(self.flat_out(listener={"store": False}).ns)
+        socat, stored, storer, unstored, stored_rate, writer_rate = (statistics.median(rows[name]) for name in names)
         self.add("socat to /dev/null", socat, "CPU ns/packet")
         self.add("received, checked, stored, synced", stored, "CPU ns/packet")
+        self.add("  the storer's part of it", storer, "CPU ns/packet")
         self.add("  against socat", stored / socat, "times", 3.0)
         self.add("received, checked, not stored", unstored, "CPU ns/packet")
         self.add("  against socat", unstored / socat, "times", 1.7)
@@ -142,10 +156,10 @@ class Bench:
         for stored in (True, False):
             more: dict[str, Any] = {"listener": {"store": stored}, "server": {"max_clients": 1000}}
             more["buffers"] = {"bytes": "256 MiB"}
-            cpu_ns, rate = self.flat_out(1000, **more)
+            cost = self.flat_out(1000, **more)
             words = "stored" if stored else "not stored"
-            self.add(f"1,000 connections, {words}", rate / 1e6, "M packets/s")
-            self.add(f"  daemon alone, {words}", cpu_ns, "CPU ns/packet")
+            self.add(f"1,000 connections, {words}", cost.rate / 1e6, "M packets/s")
+            self.add(f"  daemon alone, {words}", cost.ns, "CPU ns/packet")
 
     def ordinary_load(self) -> None:
         """10 clients at 10,050 packets/s each, and nothing at all."""
@@ -182,10 +196,19 @@ class Bench:
         return (readings.cpu_s(pids) - before) / (time.monotonic() - started) * 100
 
 
+def stored_within_s(spool: pathlib.Path) -> float:
+    """From the first connection to the last commit, by the catalog."""
+    with contextlib.closing(sqlite3.connect(f"file:{spool}/catalog.sqlite?mode=ro", uri=True)) as catalog:
+        query = "SELECT max(updated_unix_ns) - min(created_unix_ns) FROM stream"
+        return int(catalog.execute(query).fetchone()[0]) / 1e9
+
+
 def load_command(port: int, clients: int, rate: float, duration_s: float) -> list[str]:
     command = [str(BIN / "mpload"), "run", "--host", "127.0.0.1", "--port", str(port), "--clients", str(clients)]
-    command += ["--rate", f"{rate:g}", "--packet-size", str(PACKET_BYTES), "--batch", str(BATCH_PACKETS)]
-    return [*command, "--duration", f"{duration_s:g}"]
+    command += ["--rate", f"{rate:g}", "--packet-size", str(PACKET_BYTES), "--duration", f"{duration_s:g}"]
+    if rate or clients > 1:  # one client that is flat out sends as much at a time as the socket takes
+        command += ["--batch", str(BATCH_PACKETS)]
+    return command
 
 
 def main() -> int:
