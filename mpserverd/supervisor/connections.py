@@ -283,8 +283,6 @@ class Connections:
         table.words[base + Con.STATE] = ConnectionState.ASSIGNED
         self._children.send(worker, Message(Kind.ATTACH, connection.row, connection.cookie, fd=connection.fd))
         flags = table.words[base + Con.FLAGS]
-        if flags & ConnectionFlag.PAUSED:
-            self._children.send(worker, Message(Kind.PAUSE, connection.row))
         if flags & ConnectionFlag.KICKED:
             self._children.send(worker, Message(Kind.KICK, connection.row, reason=CloseReason.KICKED))
 

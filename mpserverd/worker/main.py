@@ -25,6 +25,7 @@ from mpserverd.arena.state import (
     STORER_SLOT,
     CloseReason,
     Con,
+    ConnectionFlag,
     ConnectionState,
     Slot,
     StateTable,
@@ -340,6 +341,8 @@ class Worker:
         listener = self._launch.listeners[int(words[base + Con.LISTENER])]
         connection.idle_timeout_ns = int(listener.idle_timeout_s * 1e9)
         connection.silent_timeout_ns = int(listener.handshake_timeout_s * 1e9)
+        # before the first read: a PAUSE that follows the ATTACH would come too late
+        connection.paused = bool(words[base + Con.FLAGS] & ConnectionFlag.PAUSED)
         self._by_row[row] = self._by_fd[connection.fd] = connection
         self._dirty.add(connection)
         self._words[self._counter["attached"]] += 1

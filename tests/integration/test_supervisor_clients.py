@@ -170,17 +170,19 @@ def test_kick_ends_the_connection_that_is_named_and_no_other(tmp_path: Path) -> 
 
 
 def test_a_paused_connection_stays_paused_when_its_worker_dies(tmp_path: Path) -> None:
-    with RunningSupervisor(tmp_path) as supervisor, supervisor.connect() as client:
+    """The one worker reads the other connection, whose bytes came later, and leaves the paused one alone."""
+    with RunningSupervisor(tmp_path, workers=1) as supervisor, supervisor.connect() as paused:
         wait_for(lambda: supervisor.word(Con.STATE) == [2])
-        supervisor.ask("pause", target="all")
-        owner = next(each for each in supervisor.workers() if each["connections"])
-        client.sendall(packets(10))
-        os.kill(owner["pid"], signal.SIGKILL)
+        host, port = paused.getsockname()
+        supervisor.ask("pause", target=f"{host}:{port}")
+        os.kill(supervisor.workers()[0]["pid"], signal.SIGKILL)
         wait_for(lambda: supervisor.word(Con.ADOPTIONS) == [1])
-        supervisor.ask("ping")
-        assert supervisor.taken()[0] == 0
-        supervisor.ask("resume", target="all")
-        wait_for(lambda: supervisor.taken() == [160])
+        paused.sendall(packets(10))
+        with supervisor.connect() as other:
+            other.sendall(packets(3))
+            wait_for(lambda: sorted(supervisor.taken()) == [0, 48])
+            supervisor.ask("resume", target="all")
+            wait_for(lambda: sorted(supervisor.taken()) == [48, 160])
 
 
 def test_what_nobody_is_called_is_a_plain_no(tmp_path: Path) -> None:
