@@ -16,6 +16,7 @@ from mpserverd import limits
 from mpserverd.arena.state import RefuseReason
 from mpserverd.config.schema import ListenerConfig
 from mpserverd.errors import StartError
+from mpserverd.net import inherited
 
 ACCEPT_BATCH_MAX = 64
 PAUSE_S = 0.1
@@ -35,8 +36,14 @@ def open_listener(config: ListenerConfig, backlog: int, *, only_v6: bool = False
     """Bind and listen, non-blocking. Raises StartError that says who has the port.
 
     An IPv6 listener takes IPv4 clients too, whatever net.ipv6.bindv6only says, unless ``only_v6``: when another
-    listener has the same port for IPv4.
+    listener has the same port for IPv4. A socket that the service manager opened for it is taken as it is.
     """
+    passed = inherited.try_claim(config)
+    if passed is not None:
+        _set_receive_buffer(passed, config)
+        passed.listen(backlog)
+        passed.setblocking(False)
+        return passed
     host, port = config.host, config.port
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
