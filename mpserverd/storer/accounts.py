@@ -110,6 +110,10 @@ class GoneBlock:
             if value:
                 self._words[Head.GONE + index] += value
 
+    def add_one(self, word: int, value: int) -> None:
+        """Inside ``changing``."""
+        self._words[Head.GONE + word] += value
+
     def subtract(self, totals: Sequence[int]) -> None:
         """Inside ``changing``."""
         for index, value in enumerate(totals):

@@ -39,6 +39,7 @@ _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS total(name TEXT PRIMARY KEY, value INTEGER)",
     "CREATE TABLE IF NOT EXISTS released(number INTEGER PRIMARY KEY)",
     "CREATE INDEX IF NOT EXISTS segment_closed ON segment(closed_unix_ns) WHERE end IS NOT NULL",
+    "CREATE INDEX IF NOT EXISTS segment_unsummed ON segment(closed_unix_ns) WHERE state = 'sealed' AND sha256 IS NULL",
 )
 
 _STREAM_COLUMNS = (
@@ -230,7 +231,7 @@ class Catalog:
         """(stream, directory, first, end) of sealed segments without a checksum, oldest first."""
         return self._connection.execute(
             "SELECT stream, directory, first, end FROM segment JOIN stream ON stream.id = segment.stream "
-            "WHERE segment.end IS NOT NULL AND state = 'sealed' AND sha256 IS NULL ORDER BY closed_unix_ns LIMIT ?",
+            "WHERE state = 'sealed' AND sha256 IS NULL ORDER BY closed_unix_ns LIMIT ?",
             (limit,),
         ).fetchall()
 
@@ -242,18 +243,27 @@ class Catalog:
 
     # -- retention
 
-    def closed_segments(self, limit: int, *, stream: int | None = None) -> list[SegmentRecord]:
-        """Segments that are not written any more, oldest first."""
-        condition, values = ("AND stream = ?", (stream, limit)) if stream is not None else ("", (limit,))
-        found = self._connection.execute(
+    def finished_segments(self, limit: int, *, stream: int | None = None) -> list[SegmentRecord]:
+        """Segments that nobody writes, oldest first: closed ones, and the last one of a stream not connected."""
+        which, values = ("AND segment.stream = ?", (stream, limit)) if stream is not None else ("", (limit,))
+        closed = self._connection.execute(
             "SELECT stream, first, end, state, closed_unix_ns FROM segment "
-            f"WHERE end IS NOT NULL {condition} ORDER BY closed_unix_ns, first LIMIT ?",
+            f"WHERE end IS NOT NULL {which} ORDER BY closed_unix_ns, first LIMIT ?",
             values,
-        )
-        return [_segment(row) for row in found]
+        ).fetchall()
+        left = self._connection.execute(
+            "SELECT segment.stream, first, durable, state, updated_unix_ns FROM stream JOIN segment ON stream = id "
+            f"WHERE connected = 0 AND end IS NULL {which} ORDER BY updated_unix_ns LIMIT ?",
+            values,
+        ).fetchall()
+        found = sorted((_segment(row) for row in closed + left), key=lambda s: (s.closed_unix_ns, s.stream, s.first))
+        return found[:limit]
 
-    def closed_bytes(self) -> int:
-        found = self._connection.execute("SELECT sum(end - first) FROM segment WHERE end IS NOT NULL").fetchone()
+    def segment_bytes(self) -> int:
+        """Content of all segments."""
+        found = self._connection.execute(
+            "SELECT sum(coalesce(end, durable) - first) FROM segment JOIN stream ON id = stream"
+        ).fetchone()
         return int(found[0] or 0)
 
     def retire(self, firsts: Iterable[tuple[int, int, int]]) -> None:

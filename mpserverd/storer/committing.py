@@ -115,6 +115,8 @@ class Committing:
                 desk.files.used(file)
             for file in work.closed:
                 desk.files.close(file)
+                desk.resting_bytes += file.limit - file.first
+                desk.unsummed = True
 
     def _publish(self, works: Sequence[Work], published: I64) -> None:
         """STORED before DURABLE, so that stored >= durable at any moment; DURABLE last, because it is the promise."""

@@ -62,6 +62,11 @@ class Cycle:
         self.more = False
         """The last cycle left bytes behind only because it had enough to do."""
 
+    @property
+    def segment_bytes(self) -> int:
+        """Length of new segments."""
+        return self._placing.segment_bytes
+
     # -- what to do
 
     def ripe(self, sample: Sample, now_s: float, *, urgent: bool) -> Index:
@@ -74,6 +79,8 @@ class Cycle:
             long_ago = (since != 0) & (now_s - since >= PATIENCE_S)
             pending &= a_block | long_ago | sample.draining
         pending &= self._failures.retry_at[sample.rows] <= now_s
+        if now_s < self._failures.catalog_retry_s:
+            pending[:] = False
         ripe = np.flatnonzero(pending)
         most = max(1, self._desk.files.count_max // 2)
         self.more = len(ripe) > most
@@ -121,6 +128,9 @@ class Cycle:
             found = [hole for hole in found if hole[0] < end]
             works.append(Work(stream, durable[number], end, found, low[number], high[number]))
         return works
+
+    def close(self) -> None:
+        self._threads.close()
 
     def _begin(self, works: list[Work], now_unix_ns: int) -> list[Work]:
         """Streams without a row in the catalog get one; without it they wait."""

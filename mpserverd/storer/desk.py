@@ -24,9 +24,10 @@ def open_desk(launch: Launch, state: StateTable, arena: Arena) -> Desk:
     """Raises StartError or LayoutError."""
     spool = launch.config.spool
     _make_directories(spool.path)
-    space = Space(spool.path, spool.min_free_bytes)
+    streams = os.path.join(spool.path, STREAMS_DIRECTORY)  # it may be on another disk than the catalog
+    space = Space(streams, spool.min_free_bytes, ballast_in=spool.path)
     catalog = Catalog(spool.path, durable=spool.sync is Sync.DURABLE)
-    found = filesystem.probe(catalog.path)
+    found = filesystem.probe(streams)
     counters = Counters(state, launch.slot)
     counters.set("direct", int(found.direct))
     return Desk(
@@ -39,7 +40,7 @@ def open_desk(launch: Launch, state: StateTable, arena: Arena) -> Desk:
         space=space,
         counters=counters,
         files=OpenFiles(max(8, raise_descriptor_limit() - OTHER_DESCRIPTORS)),
-        root=os.open(spool.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC),
+        root=os.open(streams, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC),
     )
 
 

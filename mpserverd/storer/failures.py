@@ -27,6 +27,7 @@ from mpserverd.storer.segment_file import SegmentFile
 logger = logging.getLogger(__name__)
 
 FULL_RETRY_S = 0.5
+CATALOG_RETRY_S = 0.2
 FAILED_RETRY_S_MIN, FAILED_RETRY_S_MAX = 0.1, 5.0
 """The first failure of a stream is tried again at once, in another file."""
 
@@ -38,6 +39,8 @@ class Failures:
         self._desk = desk
         self.retry_at = np.zeros(desk.state.stream_count)
         self._limiter = RateLimiter(60.0, 10)
+        self.catalog_retry_s = 0.0
+        """Until then the catalog is not tried again."""
         self._full = False
         self._uncommitted: list[tuple[int, str, int, int, int]] = []
         """Segments that were set aside while the catalog could not be written."""
@@ -51,7 +54,7 @@ class Failures:
                     work.fail(part.error, part.file)
             if work.error is None:
                 good.append(work)
-            elif work.error.errno in NO_SPACE:
+            elif work.error.errno in NO_SPACE and not work.sync_failed:
                 self._wait_for_space(work, now_s)
             else:
                 self._finish_files(work, now_s)
@@ -145,6 +148,7 @@ class Failures:
         path = file.path
         if file.in_catalog and durable > file.first:
             self._uncommitted.append((durable, "aside", time.time_ns(), stream.catalog_id, file.first))
+            desk.resting_bytes += durable - file.first
             self.commit()
         else:
             path = rename_aside(path)
@@ -175,6 +179,7 @@ class Failures:
     def catalog_failed(self, error: sqlite3.Error) -> None:
         """The catalog could not be written: nothing is acknowledged, everything is tried again."""
         desk = self._desk
+        self.catalog_retry_s = time.monotonic() + CATALOG_RETRY_S
         if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
             self.begin_full(f"catalog: {error}")
             return

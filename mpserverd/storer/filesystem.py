@@ -15,13 +15,14 @@ import dataclasses
 import enum
 import errno
 import os
+import tempfile
 
 BLOCK_BYTES = 4096
 """Unit of direct writes: the page and the block of ext4 and xfs. Chunks and segments are multiples of it."""
 
 _EXT4_MAGIC = 0xEF53
 _XFS_MAGIC = 0x58465342
-_AT_FDCWD = -100
+_AT_EMPTY_PATH = 0x1000
 _STATX_DIOALIGN = 0x2000
 _STATX_BYTES = 256
 _FALLOC_KEEP_SIZE = 1
@@ -51,13 +52,13 @@ class FileSystem:
     whole_sync: WholeSync
 
 
-def probe(file: str) -> FileSystem:
-    """Ask about the file system that holds ``file``, a regular file."""
-    kind = _f_type(file)
+def probe(directory: str) -> FileSystem:
+    """Ask about the file system of ``directory``, where a file can be made."""
+    kind = _f_type(directory)
     if kind == _EXT4_MAGIC:
-        return FileSystem("ext4", _takes_blocks(file), WholeSync.SYNCFS)
+        return FileSystem("ext4", _takes_blocks(directory), WholeSync.SYNCFS)
     if kind == _XFS_MAGIC:
-        return FileSystem("xfs", _takes_blocks(file), WholeSync.SYNCFS_AND_FILE)
+        return FileSystem("xfs", _takes_blocks(directory), WholeSync.SYNCFS_AND_FILE)
     return FileSystem(f"{kind:#x}", direct=False, whole_sync=WholeSync.NONE)
 
 
@@ -68,10 +69,12 @@ def _f_type(file: str) -> int:
     return int(buffer[0])
 
 
-def _takes_blocks(file: str) -> bool:
+def _takes_blocks(directory: str) -> bool:
     """Whether direct I/O is possible in units of BLOCK_BYTES. Kernels before 6.1 do not say; ext4 and xfs can."""
     buffer = ctypes.create_string_buffer(_STATX_BYTES)
-    if not hasattr(_libc, "statx") or _libc.statx(_AT_FDCWD, os.fsencode(file), 0, _STATX_DIOALIGN, buffer) != 0:
+    with tempfile.TemporaryFile(dir=directory) as file:  # it has no name: nothing is left of it
+        found = hasattr(_libc, "statx") and not _libc.statx(file.fileno(), b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, buffer)
+    if not found:
         return True
     if not int.from_bytes(buffer.raw[0:4], "little") & _STATX_DIOALIGN:
         return True

@@ -81,6 +81,9 @@ class Leaving:
         for stream in streams:
             if stream.segment is not None:
                 desk.files.close(stream.segment)
+                desk.resting_bytes += desk.word(stream, Str.DURABLE) - stream.segment.first
+                desk.unsummed = True
+                stream.segment = None
 
     def _final(self, stream: LiveStream, now_unix_ns: int) -> tuple[int, ...]:
         words = self._desk.state.streams[stream.row].tolist()

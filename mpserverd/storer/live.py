@@ -104,13 +104,14 @@ class Desk:
     counters: Counters
     files: OpenFiles
     root: int
-    """Descriptor of the spool's directory."""
+    """Descriptor of the directory that holds all streams."""
     streams: dict[int, LiveStream] = dataclasses.field(default_factory=dict)
     outbox: collections.deque[Message] = dataclasses.field(default_factory=collections.deque)
     to_unlink: collections.deque[str] = dataclasses.field(default_factory=collections.deque)
-    segment_bytes_open: int = 0
-    """Allocated bytes of files that are being written."""
-    segment_bytes_closed: int = 0
+    resting_bytes: int = 0
+    """Content of all segments but those that streams in the table are writing."""
+    unsummed: bool = True
+    """Some sealed segment may have no checksum yet."""
 
     @property
     def spool(self) -> SpoolConfig:

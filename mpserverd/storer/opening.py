@@ -120,7 +120,7 @@ class Opening:
             return False
         stream.catalog_id = record.id
         stream.directory = desk.path_of(record.directory)
-        stream.directory_synced = True
+        stream.directory_synced = bool(segments)
         stream.zeros_below = desk.catalog.last_hole_end(record.id)
         if segments and segments[-1].end is None:
             stream.segment = self._reopen(stream, segments[-1].first, record.durable)
@@ -146,6 +146,7 @@ class Opening:
         )
         file.allocated = os.stat(file.path).st_size
         file.in_catalog = True
+        self._desk.resting_bytes -= durable - first
         return file
 
     # -- streams that offer their first packet

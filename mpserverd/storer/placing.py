@@ -39,6 +39,12 @@ class Work:
     segment: SegmentFile | None = None
     error: OSError | None = None
     bad: Sequence[SegmentFile] = ()
+    sync_failed: bool = False
+
+    def fail_sync(self, error: OSError, *files: SegmentFile) -> None:
+        """Whatever the error is, these files are finished."""
+        self.sync_failed = True
+        self.fail(error, *files)
 
     def fail(self, error: OSError, *files: SegmentFile) -> None:
         """The first error counts; ``files`` are those that it says something about."""

@@ -96,6 +96,11 @@ def extents(durable: int, end: int, holes: Sequence[Hole]) -> list[Extent]:
     return found
 
 
+def overlap(holes: Sequence[Extent], first: int, end: int) -> int:
+    """How many bytes of [first, end) lie in holes."""
+    return sum(max(0, min(end, hole_end) - max(first, hole_first)) for hole_first, hole_end in holes)
+
+
 def segment_bounds(at: int, durable: int, segment_bytes: int) -> tuple[int, int]:
     """(first, limit) of a new segment for a byte at ``at``, when everything below ``durable`` lies in others.
 

@@ -36,6 +36,7 @@ class Recovery:
         self._limiter = RateLimiter(60.0, 50)
 
     def run(self) -> None:
+        self._desk.resting_bytes = self._desk.catalog.segment_bytes()
         records = {record.id: record for record in self._desk.catalog.streams()}
         firsts = self._desk.catalog.segment_firsts()
         live = self._adopt(records)

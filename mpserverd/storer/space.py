@@ -25,24 +25,28 @@ _BALLAST_BYTES_MIN = 64 << 10
 class Space:
     """``free_bytes`` is what the file system said last, less what was allocated since."""
 
-    def __init__(self, spool: str, min_free_bytes: int) -> None:
-        self._spool = spool
-        self._ballast = os.path.join(spool, BALLAST_FILE)
+    def __init__(self, streams: str, min_free_bytes: int, *, ballast_in: str) -> None:
+        self._streams = streams
+        self._ballast_in = ballast_in
+        self._ballast = os.path.join(ballast_in, BALLAST_FILE)
         self.min_free_bytes = min_free_bytes
         self.free_bytes = 0
+        self.refused_bytes = 0
+        """What was asked for last and not given; retention makes place for it."""
         self.measure()
 
     def measure(self) -> None:
-        self.free_bytes = filesystem.free_bytes(self._spool)
+        self.free_bytes = filesystem.free_bytes(self._streams)
 
     @property
     def short_bytes(self) -> int:
-        """How much is missing to ``min_free_bytes``."""
-        return max(0, self.min_free_bytes - self.free_bytes)
+        """How much is missing to what must be kept free, and to what was refused because of that."""
+        return max(0, self.min_free_bytes + self.refused_bytes - self.free_bytes) if self.min_free_bytes else 0
 
     def take(self, count: int) -> None:
         """Raises OSError with ENOSPC when ``count`` more bytes would leave less free than must be kept."""
         if self.min_free_bytes and self.free_bytes - count < self.min_free_bytes:
+            self.refused_bytes = max(self.refused_bytes, count)
             raise OSError(errno.ENOSPC, f"{self.free_bytes} bytes are free, {self.min_free_bytes} must stay free")
         self.free_bytes -= count
 
@@ -62,7 +66,7 @@ class Space:
 
     def make_ballast(self) -> None:
         """If there is none, and place enough for two."""
-        found = os.statvfs(self._spool)
+        found = os.statvfs(self._ballast_in)
         size = min(BALLAST_BYTES_MAX, found.f_blocks * found.f_frsize // BALLAST_SHARE)
         if (
             size < _BALLAST_BYTES_MIN

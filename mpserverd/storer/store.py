@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import time
 
 import numpy as np
 
 from mpserverd.arena.state import Str, StreamState
 from mpserverd.config.schema import Sync
+from mpserverd.errors import StartError
 from mpserverd.storer.accounts import GoneBlock
+from mpserverd.storer.background import Background
 from mpserverd.storer.cycle import Cycle
+from mpserverd.storer.early import Early
 from mpserverd.storer.failures import Failures
 from mpserverd.storer.leaving import Leaving
 from mpserverd.storer.live import Desk
 from mpserverd.storer.opening import Opening
 from mpserverd.storer.recovery import Recovery
+from mpserverd.storer.retention import Retention
+from mpserverd.storer.segment_file import segment_name
+
+BUSY_BYTES_PER_S = 64 << 20
+"""While so much is written, no checksums are made."""
+SUMS_AHEAD = 64
+BALLAST_INTERVAL_S = 10.0
 
 
 class Store:
@@ -27,11 +38,20 @@ class Store:
         self._opening = Opening(desk, self._gone)
         self.failures = Failures(desk)
         self.cycle = Cycle(desk, self._opening, self.failures)
+        self.retention = Retention(desk, self._gone, self.failures)
+        self.background = Background()
+        self._early = Early(desk)
         self._leaving = Leaving(desk, self._gone, self.failures, sync_wanted=desk.spool.sync is Sync.DURABLE)
+        self._next_ballast_s = 0.0
+        self._written_bytes = 0
+        self._ticked_s = 0.0
 
     def recover(self) -> None:
-        """Raises StartError, or sqlite3.Error when the catalog cannot be written."""
-        Recovery(self._desk, self._opening, self._gone).run()
+        """Raises StartError."""
+        try:
+            Recovery(self._desk, self._opening, self._gone).run()
+        except sqlite3.Error as error:
+            raise StartError(f"cannot use the catalog {self._desk.catalog.path}: {error}") from error
         self._desk.space.make_ballast()
 
     def open_streams(self) -> None:
@@ -59,12 +79,54 @@ class Store:
             return False
         return True
 
+    # -- once a second
+
     def tick(self, now_s: float) -> None:
-        """Once a second."""
+        """Everything that is neither a cycle nor urgent."""
+        desk = self._desk
+        desk.space.measure()
+        if self.retention.apply(now_s, time.time_ns()) or not desk.space.short_bytes:
+            self.failures.try_again()
+        desk.space.refused_bytes = 0
+        while desk.to_unlink:
+            self.background.unlink(desk.to_unlink.popleft())
         self.failures.end_full()
+        written, self._written_bytes = self.cycle.written_bytes - self._written_bytes, self.cycle.written_bytes
+        if written:
+            self._early.prepare(self.cycle.segment_bytes)
+        self._make_sums(written, max(now_s - self._ticked_s, 0.001))
+        self._ticked_s = now_s
+        try:
+            self._leaving.forget_released()
+        except sqlite3.Error as error:
+            self.failures.catalog_failed(error)
+        if now_s >= self._next_ballast_s and not self.failures.is_full:
+            self._next_ballast_s = now_s + BALLAST_INTERVAL_S
+            desk.space.make_ballast()
+        desk.counters.set("spool_bytes", self.retention.spool_bytes())
+        desk.counters.set("free_bytes", desk.space.free_bytes)
+
+    def _make_sums(self, written_bytes: int, seconds: float) -> None:
+        desk, background = self._desk, self.background
+        background.busy = written_bytes > BUSY_BYTES_PER_S * seconds
+        try:
+            if background.sums:
+                done = [background.sums.popleft() for _ in range(len(background.sums))]
+                with desk.catalog.transaction():
+                    desk.catalog.set_sums(done)
+            if desk.unsummed and not background.busy and not background.has_sums_to_make and not background.sums:
+                found = desk.catalog.unsummed(SUMS_AHEAD)
+                desk.unsummed = len(found) == SUMS_AHEAD
+                for sealed in found:
+                    background.add(os.path.join(desk.path_of(sealed[1]), segment_name(sealed[2])), sealed)
+        except sqlite3.Error as error:
+            self.failures.catalog_failed(error)
 
     def close(self) -> None:
+        """Give up descriptors; the files stay as they are."""
         desk = self._desk
+        self.background.close()
+        self.cycle.close()
         for stream in desk.streams.values():
             for file in (stream.segment, stream.early):
                 if file is not None:

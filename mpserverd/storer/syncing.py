@@ -65,7 +65,7 @@ class Syncing:
                 os.fdatasync(works[0].touched[0].fd)
         except OSError as error:
             for work in works:  # it covered them all, and does not say which failed
-                work.fail(error, *work.touched)
+                work.fail_sync(error, *work.touched)
             return
         took_s = time.monotonic() - began_s
         if took_s > SLOW_SYNC_S and count < SLOW_SYNC_FILES_MAX:
@@ -79,7 +79,7 @@ class Syncing:
                 try:
                     os.fdatasync(file.fd)
                 except OSError as error:
-                    work.fail(error, file)
+                    work.fail_sync(error, file)
         for descriptor in indexes:
             syncs += 1
             _sync_quietly(descriptor)
@@ -97,7 +97,7 @@ class Syncing:
                     filesystem.sync_directory(self._desk.streams_path)
                     parent_synced = True
             except OSError as error:
-                work.fail(error, work.begun[-1])
+                work.fail_sync(error, work.begun[-1])
 
 
 def _sync_quietly(descriptor: int) -> None:

@@ -140,6 +140,7 @@ class PartWriter:
 
 
 Job = Callable[[Any, Scratch], None]
+_Order = tuple[Job, collections.deque[Sequence[Any]]]
 
 
 class Threads:
@@ -147,7 +148,8 @@ class Threads:
 
     def __init__(self, count: int = THREADS) -> None:
         self._count = count
-        self._inboxes: list[queue.SimpleQueue[tuple[Job, collections.deque[Sequence[Any]]]]] = []
+        self._inboxes: list[queue.SimpleQueue[_Order | None]] = []
+        self._threads: list[threading.Thread] = []
         self._done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self.scratch = Scratch()
         """For work that the caller does itself."""
@@ -166,14 +168,23 @@ class Threads:
 
     def _start(self) -> None:
         for number in range(self._count):
-            inbox: queue.SimpleQueue[tuple[Job, collections.deque[Sequence[Any]]]] = queue.SimpleQueue()
+            inbox: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
             self._inboxes.append(inbox)
-            threading.Thread(target=self._work, args=(inbox,), name=f"writer-{number}", daemon=True).start()
+            thread = threading.Thread(target=self._work, args=(inbox,), name=f"writer-{number}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
-    def _work(self, inbox: queue.SimpleQueue[tuple[Job, collections.deque[Sequence[Any]]]]) -> None:
+    def close(self) -> None:
+        for inbox in self._inboxes:
+            inbox.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._inboxes, self._threads = [], []
+
+    def _work(self, inbox: queue.SimpleQueue[_Order | None]) -> None:
         scratch = Scratch()
-        while True:
-            job, waiting = inbox.get()
+        while (order := inbox.get()) is not None:
+            job, waiting = order
             failure: BaseException | None = None
             try:
                 while (batch := _next(waiting)) is not None:

@@ -1,0 +1,201 @@
+"""What is removed when the spool is too big, too old, or the disk too full: whole segments, the oldest first.
+
+The new first offset is committed before a file is unlinked, so that no reader is sent to a file that is gone; a kill in
+between leaves a file below its stream's first offset, which recovery removes. The segment that is being written stays.
+A stream without a name of its own (made up from peer and time) goes from the catalog with its last segment; its totals
+stay.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sqlite3
+from collections.abc import Iterable, Sequence
+
+from mpserverd import log
+from mpserverd.arena.state import Gone, Str
+from mpserverd.log import MessageId
+from mpserverd.storer.accounts import GoneBlock, named_totals, totals_of_record
+from mpserverd.storer.catalog import SegmentRecord, StreamRecord
+from mpserverd.storer.failures import Failures
+from mpserverd.storer.live import Desk, LiveStream
+from mpserverd.storer.plan import overlap
+from mpserverd.storer.segment_file import index_name, segment_name
+
+logger = logging.getLogger(__name__)
+
+SEGMENTS_MAX = 512
+"""Retired in one pass; the next one is a second later."""
+ALL_STREAMS_INTERVAL_S = 60.0
+"""Streams that are not connected do not grow; they are held against their limit so often, for a limit that changed."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Gone:
+    """What one stream gives up."""
+
+    record: StreamRecord
+    segments: list[SegmentRecord]
+    bytes: int
+    first_offset: int = 0
+    whole: bool = False
+
+
+class Retention:
+    """``apply`` once a second. ``spool_bytes`` is what all segments take."""
+
+    def __init__(self, desk: Desk, gone: GoneBlock, failures: Failures) -> None:
+        self._desk = desk
+        self._gone = gone
+        self._failures = failures
+        self._next_all_s = 0.0
+        self._limits = {client.id: client.max_spool_bytes for client in desk.config.clients if client.max_spool_bytes}
+
+    def spool_bytes(self) -> int:
+        """Content of finished segments and place allocated for those that are written."""
+        desk = self._desk
+        files = [f for s in desk.streams.values() for f in (s.segment, s.early) if f is not None]
+        return desk.resting_bytes + sum(file.allocated for file in files)
+
+    def apply(self, now_s: float, now_unix_ns: int) -> int:
+        """Retire what is too much. Returns the bytes given back."""
+        chosen = [*self._too_old(now_unix_ns), *self._over_own_limit(now_s), *self._over_all()]
+        if not chosen:
+            return 0
+        try:
+            return self._retire(chosen)
+        except sqlite3.Error as error:
+            self._failures.catalog_failed(error)
+            return 0
+
+    # -- choosing
+
+    def _too_old(self, now_unix_ns: int) -> list[SegmentRecord]:
+        max_age_s = self._desk.spool.max_age_s
+        if not max_age_s:
+            return []
+        before_ns = now_unix_ns - int(max_age_s * 1e9)
+        return [s for s in self._desk.catalog.finished_segments(SEGMENTS_MAX) if s.closed_unix_ns < before_ns]
+
+    def _over_own_limit(self, now_s: float) -> list[SegmentRecord]:
+        desk = self._desk
+        if not self._limits and not desk.spool.max_bytes_per_stream:
+            return []
+        chosen = []
+        for stream in desk.streams.values():
+            limit = self._limit(stream.name, named=stream.named)
+            if limit and stream.catalog_id:
+                size = desk.word(stream, Str.DURABLE) - desk.word(stream, Str.FIRST_OFFSET)
+                chosen += self._oldest(stream.catalog_id, size - limit)
+        if now_s >= self._next_all_s:
+            self._next_all_s = now_s + ALL_STREAMS_INTERVAL_S
+            live = {stream.catalog_id for stream in desk.streams.values()}
+            for record in desk.catalog.streams():
+                limit = self._limit(record.name, named=bool(record.named))
+                if limit and record.id not in live:
+                    chosen += self._oldest(record.id, record.durable - record.first_offset - limit)
+        return chosen
+
+    def _limit(self, name: str, *, named: bool) -> int:
+        own = self._limits.get(name, 0) if named else 0
+        return own or self._desk.spool.max_bytes_per_stream
+
+    def _oldest(self, stream: int, too_much: int) -> list[SegmentRecord]:
+        return (
+            _enough(self._desk.catalog.finished_segments(SEGMENTS_MAX, stream=stream), too_much) if too_much > 0 else []
+        )
+
+    def _over_all(self) -> list[SegmentRecord]:
+        desk = self._desk
+        too_much = desk.space.short_bytes
+        if desk.spool.max_bytes:
+            too_much = max(too_much, self.spool_bytes() - desk.spool.max_bytes)
+        return _enough(desk.catalog.finished_segments(SEGMENTS_MAX), too_much) if too_much > 0 else []
+
+    # -- doing it
+
+    def _retire(self, chosen: Iterable[SegmentRecord]) -> int:
+        """Commit, publish, then unlink. Raises sqlite3.Error before anything has changed."""
+        desk = self._desk
+        by_stream: dict[int, int] = {}
+        for segment in chosen:
+            by_stream[segment.stream] = max(by_stream.get(segment.stream, 0), segment.end or 0)
+        leaving = [entry for stream, end in by_stream.items() if (entry := self._leaving(stream, end)) is not None]
+        live = {stream.catalog_id: stream for stream in desk.streams.values()}
+        with desk.catalog.transaction():
+            for entry in leaving:
+                self._commit(entry, is_live=entry.record.id in live)
+        given_back = 0
+        for entry in leaving:
+            self._publish(entry, live.get(entry.record.id))
+            given_back += self._unlink(entry)
+        return given_back
+
+    def _leaving(self, stream: int, end: int) -> _Gone | None:
+        """All finished segments of a stream up to ``end``: a prefix, whatever the clock said when they were closed."""
+        catalog = self._desk.catalog
+        record = catalog.by_id(stream)
+        segments = [s for s in catalog.finished_segments(1 << 30, stream=stream) if s.end is not None and s.end <= end]
+        if record is None or not segments:
+            return None
+        holes = catalog.holes(stream)
+        stored = sum(s.end - s.first - overlap(holes, s.first, s.end) for s in segments if s.end is not None)
+        return _Gone(record, segments, stored)
+
+    def _commit(self, entry: _Gone, *, is_live: bool) -> None:
+        catalog, record = self._desk.catalog, entry.record
+        catalog.remove_segments([(record.id, segment.first) for segment in entry.segments])
+        left = catalog.segments(record.id)
+        entry.first_offset = max(record.first_offset, left[0].first if left else record.durable)
+        catalog.retire([(entry.first_offset, entry.bytes, record.id)])
+        entry.whole = not left and not is_live and not record.named
+        if entry.whole:
+            record = dataclasses.replace(record, retired=record.retired + entry.bytes)
+            catalog.add_totals(named_totals(totals_of_record(record)))
+            catalog.remove_stream(record.id)
+
+    def _publish(self, entry: _Gone, stream: LiveStream | None) -> None:
+        words = self._desk.state.words
+        if stream is None:
+            with self._gone.changing():
+                self._gone.add_one(Gone.RETIRED_BYTES, entry.bytes)
+        else:
+            words[stream.base + Str.RETIRED] += entry.bytes
+            words[stream.base + Str.FIRST_OFFSET] = entry.first_offset
+
+    def _unlink(self, entry: _Gone) -> int:
+        desk = self._desk
+        path = desk.path_of(entry.record.directory)
+        size = 0
+        for segment in entry.segments:
+            size += (segment.end or 0) - segment.first
+            desk.to_unlink.append(os.path.join(path, segment_name(segment.first)))
+            desk.to_unlink.append(os.path.join(path, index_name(segment.first)))
+        if entry.whole:
+            desk.to_unlink.append(path)
+        desk.resting_bytes -= size
+        desk.counters.add("segments_retired", len(entry.segments))
+        log.event(
+            logger,
+            logging.INFO,
+            "segments retired",
+            message_id=MessageId.SEGMENTS_RETIRED,
+            stream=entry.record.name,
+            segments=len(entry.segments),
+            bytes=size,
+            first_offset=entry.first_offset,
+        )
+        return size
+
+
+def _enough(segments: Sequence[SegmentRecord], wanted_bytes: int) -> list[SegmentRecord]:
+    """As many of the first as give back so much."""
+    chosen = []
+    for segment in segments:
+        if wanted_bytes <= 0:
+            break
+        chosen.append(segment)
+        wanted_bytes -= (segment.end or 0) - segment.first
+    return chosen

@@ -1,0 +1,317 @@
+"""A write or sync that fails costs the file, never a byte; a full disk costs time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import resource
+import sqlite3
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from mpserverd.arena.state import Gone, Str, StreamState
+from mpserverd.storer import syncing
+from mpserverd.storer.space import BALLAST_FILE
+from tests.unit.storer.conftest import RigMaker
+from tests.unit.storer.rig import CHUNK, Client, Rig
+
+SEGMENT = 64 << 10
+
+
+def break_file(rig: Rig, client: Client) -> str:
+    """Every write to the stream's present segment fails from now on: its descriptor is read-only."""
+    file = rig.desk.streams[client.row].segment
+    assert file is not None
+    broken = os.open(file.path, os.O_RDONLY)
+    os.dup2(broken, file.fd)
+    os.close(broken)
+    return file.path
+
+
+@pytest.mark.parametrize("durable", [1, 4095, CHUNK, 10_001])
+def test_after_a_failed_write_everything_from_the_durable_offset_is_in_a_fresh_file(rig: Rig, durable: int) -> None:
+    client = rig.fresh("peer", 1)
+    client.send(durable)
+    rig.step()
+    bad = pathlib.Path(break_file(rig, client))
+    before = bad.read_bytes()[:durable]
+    client.send_all(20_000)
+    rig.steps(3)
+    assert rig.ask("SELECT first, end, state FROM segment ORDER BY first") == [
+        (0, durable, "aside"),
+        (durable, None, "open"),
+    ]
+    rig.assert_stored(client)
+    client.send_all(2 * SEGMENT)
+    rig.assert_stored(client, upto=client.word(Str.DURABLE))
+    client.end()
+    rig.steps(3)
+    rig.assert_stored(client, "peer")
+    assert bad.read_bytes()[:durable] == before
+    firsts = [row[0] for row in rig.ask("SELECT first FROM segment ORDER BY first")]
+    assert firsts == [0, durable, SEGMENT, 2 * SEGMENT], "after the fresh file the grid goes on"
+    assert rig.counter("write_errors") == rig.counter("segments_aside") == 1
+    assert rig.free_chunks() == rig.arena.count
+
+
+def test_a_fresh_file_that_fails_at_once_is_renamed_and_another_takes_its_name(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = rig.fresh("peer", 1)
+    client.send(5000)
+    real = os.fdatasync
+    failed = []
+
+    def fail_once(descriptor: int) -> None:
+        if not failed:
+            failed.append(descriptor)
+            raise OSError(5, "Input/output error")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", fail_once)
+    rig.step()
+    assert client.word(Str.DURABLE) == 0
+    rig.step()
+    rig.assert_stored(client)
+    assert [name for name in rig.files() if "aside" in name] == ["peer/00000000000000000000.seg.aside"]
+
+
+def test_a_file_whose_sync_failed_is_never_synced_or_written_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second fdatasync would return 0 although data are gone."""
+    client = rig.fresh("peer", 1)
+    client.send(5000)
+    rig.step()
+    real, path = os.fdatasync, str(rig.spool / "streams" / "peer" / "00000000000000000000.seg")
+    calls: list[str] = []
+
+    def fail(descriptor: int) -> None:
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        calls.append(name)
+        if name == path:
+            raise OSError(5, "Input/output error")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    for _ in range(4):
+        client.send(5000)
+        rig.step()
+    assert calls.count(path) == 1
+    client.end()
+    rig.steps(2)
+    assert calls.count(path) == 1
+    rig.assert_stored(client, "peer")
+
+
+def test_a_failed_syncfs_counts_for_every_file_that_it_covered(
+    make_rig: RigMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = make_rig(chunks=128)
+    if rig.desk.filesystem.whole_sync.value == "none":
+        pytest.skip(f"the file system {rig.desk.filesystem.name} has no safe syncfs")
+    clients = [rig.fresh(f"peer-{number}", 1) for number in range(syncing.WHOLE_SYNC_FILES + 1)]
+    for client in clients:
+        client.send(5000)
+    rig.step()
+
+    def fail(_: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    for client in clients[:-1]:
+        client.send(100)
+    with monkeypatch.context() as patch:
+        patch.setattr(syncing.filesystem, "syncfs", fail)
+        rig.step()
+    assert all(client.word(Str.DURABLE) == 5000 for client in clients)
+    rig.steps(2)
+    assert rig.one("SELECT count(*) FROM segment WHERE state = 'aside'") == len(clients) - 1
+    for client in clients:
+        rig.assert_stored(client)
+
+
+def test_a_failing_stream_does_not_stop_the_others(make_rig: RigMaker) -> None:
+    rig = make_rig(chunks=128)
+    clients = [rig.fresh(f"peer-{number}", 1) for number in range(6)]
+    for client in clients:
+        client.send(3000)
+    rig.step()
+    break_file(rig, clients[2])
+    for client in clients:
+        client.send(3000)
+    rig.step()
+    assert [client.word(Str.DURABLE) for client in clients] == [6000, 6000, 3000, 6000, 6000, 6000]
+    rig.step()
+    for client in clients:
+        rig.assert_stored(client)
+
+
+def test_a_file_that_may_not_grow_is_left_for_the_next_one(make_rig: RigMaker) -> None:
+    """EFBIG, by the limit on the length of files."""
+    rig = make_rig(chunks=200, chunk_bytes=16 << 10, segment_bytes=8 << 20)
+    client = rig.fresh("peer", 1)
+    client.send(1 << 20)
+    rig.step()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        client.send(900_000)
+        rig.steps(2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert client.word(Str.DURABLE) == client.sent
+    rig.assert_stored(client)
+    assert rig.one("SELECT count(*) FROM segment WHERE state = 'aside'") == 1
+
+
+def test_while_the_catalog_is_locked_nothing_is_acknowledged(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = rig.fresh("peer", 1)
+    client.send(5000)
+    rig.step()
+    rig.desk.catalog._connection.execute("PRAGMA busy_timeout = 10")
+    client.send(5000)
+    stranger = sqlite3.connect(rig.spool / "catalog.sqlite", isolation_level=None)
+    stranger.execute("BEGIN IMMEDIATE")
+    rig.step()
+    assert client.word(Str.DURABLE) == 5000
+    stranger.execute("ROLLBACK")
+    stranger.close()
+    rig.step()
+    assert client.word(Str.DURABLE) == 10_000
+    rig.assert_stored(client)
+
+
+# -- real file systems
+
+
+def mount(*arguments: str) -> None:
+    answer = subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
+    if answer.returncode:
+        pytest.skip(f"mount {' '.join(arguments)}: {answer.stderr.strip()}")
+
+
+@contextlib.contextmanager
+def tmpfs(path: pathlib.Path, size: str) -> Iterator[pathlib.Path]:
+    path.mkdir()
+    mount("-t", "tmpfs", "-o", f"size={size}", "mpserverd-test", str(path))
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+@contextlib.contextmanager
+def ext4(image: pathlib.Path, path: pathlib.Path, size: str) -> Iterator[pathlib.Path]:
+    path.mkdir()
+    subprocess.run(["truncate", "-s", size, str(image)], check=True)
+    made = subprocess.run(
+        ["mkfs.ext4", "-q", "-F", "-b", "4096", "-O", "^has_journal", "-e", "continue", str(image)],
+        capture_output=True,
+        check=False,
+    )
+    if made.returncode:
+        pytest.skip("mkfs.ext4 does not work here")
+    mount("-o", "loop", str(image), str(path))
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+root_only = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+
+
+@pytest.mark.root
+@root_only
+@pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
+def test_a_full_disk_is_waited_for_and_nothing_is_lost(tmp_path: pathlib.Path, kind: str) -> None:
+    size = "24M"
+    place = tmpfs(tmp_path / "disk", size) if kind == "tmpfs" else ext4(tmp_path / "image", tmp_path / "disk", size)
+    with place as disk:
+        rig = Rig(disk, chunks=256, segment_bytes=1 << 20)
+        try:
+            _fill_and_relieve(rig, disk)
+        finally:
+            rig.close()
+
+
+def _fill_and_relieve(rig: Rig, disk: pathlib.Path) -> None:
+    client = rig.fresh("peer", 24)
+    client.send(24 * 1000)
+    rig.step()
+    take_all_space(disk / "stranger")
+    while client.receive(24 * 2000):
+        client.offer()
+        rig.steps(4)
+        assert client.sent < 64 << 20, "the disk never filled"
+    assert rig.counter("full") == 1
+    assert not (rig.spool / BALLAST_FILE).exists(), "the ballast went first"
+    at = client.word(Str.DURABLE)
+    rig.steps(6)
+    assert at <= client.word(Str.DURABLE) < client.sent
+    (disk / "stranger").unlink()
+    rig.steps(10)
+    rig.store.tick(rig.now_s)
+    assert client.word(Str.DURABLE) == client.sent - client.sent % 24
+    assert rig.counter("full") == 0
+    rig.assert_stored(client)
+    client.end()
+    rig.steps(2)
+    assert client.state() is StreamState.FREE
+    assert not [name for name in rig.files() if "aside" in name]
+    events = [message.payload["event"] for message in rig.desk.outbox if message.payload]
+    assert [event for event in events if event.startswith("spool")] == [
+        "spool full: nothing more is stored",
+        "spool has room again",
+    ]
+
+
+def take_all_space(path: pathlib.Path) -> None:
+    size, at = 4 << 20, 0
+    with path.open("wb") as file:
+        while size >= 4096:
+            try:
+                os.posix_fallocate(file.fileno(), at, size)
+                at += size
+            except OSError:
+                size //= 2
+
+
+@pytest.mark.root
+@root_only
+def test_a_device_that_fails_writes_loses_nothing_once_it_works_again(tmp_path: pathlib.Path) -> None:
+    """The image lies on a tmpfs that is full: writes to the device fail. The catalog is elsewhere."""
+    (tmp_path / "spool").mkdir()
+    (tmp_path / "spool" / "streams").symlink_to(tmp_path / "disk")
+    with tmpfs(tmp_path / "below", "20M") as below, ext4(below / "image", tmp_path / "disk", "64M"):
+        (tmp_path / "disk" / "lost+found").rmdir()
+        rig = Rig(tmp_path, chunks=256, segment_bytes=1 << 20)
+        try:
+            client = rig.fresh("peer", 1)
+            client.send(2 * CHUNK)  # the loop device calls a short write a success: the next one begins where none was
+            rig.step()
+            take_all_space(below / "filler")
+            client.send(240_000)
+            rig.steps(8)
+            assert client.word(Str.DURABLE) == 2 * CHUNK
+            (below / "filler").unlink()
+            rig.steps(60)
+            assert client.word(Str.DURABLE) == client.sent
+            rig.assert_stored(client)
+        finally:
+            rig.close()
+
+
+def test_min_free_bytes_is_kept_as_if_the_disk_were_full(make_rig: RigMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = make_rig(chunks=64)
+    client = rig.fresh("peer", 16)
+    client.send(1600)
+    rig.desk.space.min_free_bytes = rig.desk.space.free_bytes
+    rig.step()
+    assert client.word(Str.DURABLE) == 0
+    assert rig.counter("full") == 1
+    rig.desk.space.min_free_bytes = 0
+    rig.steps(6)
+    rig.assert_stored(client)
+    assert rig.gone(Gone.DURABLE_BYTES) == 0

@@ -1,0 +1,163 @@
+"""The oldest segments go, whole ones only, committed before they are unlinked, and the books stay right."""
+
+from __future__ import annotations
+
+import ipaddress
+import pathlib
+import time
+from collections.abc import Callable
+
+from mpserverd.arena.state import Gone, Str, StreamFlag, StreamState
+from mpserverd.config.schema import ClientConfig
+from tests.unit.storer.conftest import RigMaker
+from tests.unit.storer.rig import CHUNK, Rig, content
+
+SEGMENT = 16 << 10
+
+
+def tick(rig: Rig) -> None:
+    """One second's housekeeping, and the unlinking that it starts."""
+    rig.store.tick(rig.now_s)
+    wait_until(lambda: not rig.store.background._paths)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def seg_files(rig: Rig) -> list[str]:
+    return [name for name in rig.files() if name.endswith(".seg")]
+
+
+def test_a_stream_keeps_its_newest_segments(make_rig: RigMaker) -> None:
+    rig = make_rig(segment_bytes=SEGMENT, max_bytes_per_stream=3 * SEGMENT)
+    client = rig.fresh("peer", 16)
+    client.send_all(10 * SEGMENT + 160)
+    rig.steps(2)
+    tick(rig)
+    first = client.word(Str.FIRST_OFFSET)
+    assert client.sent - first <= 3 * SEGMENT
+    assert first == rig.one("SELECT first_offset FROM stream") == client.word(Str.RETIRED) == 8 * SEGMENT
+    assert rig.one("SELECT min(first) FROM segment") == first
+    wait_until(lambda: len(seg_files(rig)) == 3)
+    assert rig.stored("peer") == content(client.seed, 0, client.sent)[first:]
+    client.end()
+    rig.steps(2)
+    assert rig.gone(Gone.RETIRED_BYTES) == first
+    assert rig.counter("segments_retired") == 8
+    rig.restart()
+    assert rig.gone(Gone.RETIRED_BYTES) == first
+    assert rig.gone(Gone.DURABLE_BYTES) == client.sent
+
+
+def test_a_client_may_have_a_limit_of_its_own(make_rig: RigMaker) -> None:
+    client_config = ClientConfig(id="one", address=ipaddress.ip_network("192.0.2.1"), max_spool_bytes=2 * SEGMENT)
+    rig = make_rig(segment_bytes=SEGMENT, clients=(client_config,), max_bytes_per_stream=6 * SEGMENT)
+    one, two = rig.named("one"), rig.named("two", seed=2)
+    one.send_all(10 * SEGMENT)
+    two.send_all(10 * SEGMENT)
+    rig.steps(2)
+    tick(rig)
+    assert one.word(Str.FIRST_OFFSET) == 8 * SEGMENT
+    assert two.word(Str.FIRST_OFFSET) == 4 * SEGMENT
+
+
+def test_the_spool_stays_within_its_limit_oldest_first(make_rig: RigMaker) -> None:
+    rig = make_rig(segment_bytes=SEGMENT, max_bytes=8 * SEGMENT)
+    old, new = rig.named("old"), rig.named("new", seed=2)
+    old.send_all(6 * SEGMENT)
+    rig.steps(2)
+    new.send_all(6 * SEGMENT)
+    rig.steps(2)
+    tick(rig)
+    assert rig.store.retention.spool_bytes() <= 8 * SEGMENT
+    assert old.word(Str.FIRST_OFFSET) == 4 * SEGMENT
+    assert new.word(Str.FIRST_OFFSET) == 0
+    assert rig.counter("spool_bytes") == rig.store.retention.spool_bytes() == 8 * SEGMENT
+
+
+def test_the_segment_that_is_written_stays(make_rig: RigMaker) -> None:
+    rig = make_rig(segment_bytes=1 << 20, max_bytes=1 << 20)
+    client = rig.fresh("peer")
+    client.send(16 * 1000)
+    rig.step()
+    rig.desk.resting_bytes = 1 << 40
+    tick(rig)
+    assert client.word(Str.FIRST_OFFSET) == 0
+    rig.assert_stored(client)
+
+
+def test_a_stream_that_left_goes_wholly_but_its_totals_stay(make_rig: RigMaker) -> None:
+    rig = make_rig(segment_bytes=SEGMENT, max_age_s=1.0)
+    gone, named = rig.fresh("peer", 16), rig.named("one", 16, seed=2)
+    for client in (gone, named):
+        client.send_all(3 * SEGMENT + 320)
+        client.receive(3)
+        client.end()
+    rig.steps(3)
+    totals = [rig.gone(word) for word in range(Gone.COUNT)]
+    rig.store.retention.apply(rig.now_s, time.time_ns() + 2_000_000_000)
+    tick(rig)
+    assert rig.ask("SELECT name, first_offset, durable, retired FROM stream") == [
+        ("one", named.sent, named.sent, named.sent)
+    ]
+    assert rig.one("SELECT count(*) FROM segment") == 0
+    totals[Gone.RETIRED_BYTES] = gone.sent + named.sent
+    assert [rig.gone(word) for word in range(Gone.COUNT)] == totals
+    wait_until(lambda: rig.files() == [])
+    wait_until(lambda: not (rig.spool / "streams" / "peer").exists())
+    rig.restart()
+    assert [rig.gone(word) for word in range(Gone.COUNT)] == totals
+    again = rig.named("one", 16, seed=2)
+    assert again.word(Str.POSITION) == again.word(Str.FIRST_OFFSET) == named.sent
+    again.send_all(2 * SEGMENT)
+    rig.steps(2)
+    assert rig.stored("one") == content(2, named.sent, again.sent)
+
+
+def test_a_kill_between_commit_and_unlink_leaves_no_file_behind(make_rig: RigMaker) -> None:
+    rig = make_rig(segment_bytes=SEGMENT, max_bytes_per_stream=2 * SEGMENT)
+    client = rig.named("one")
+    client.send_all(5 * SEGMENT)
+    rig.steps(2)
+    assert rig.store.retention.apply(rig.now_s, time.time_ns()) == 3 * SEGMENT
+    assert len(seg_files(rig)) == 5
+    rig.desk.to_unlink.clear()
+    rig.restart()
+    assert len(seg_files(rig)) == 2
+    assert client.word(Str.FIRST_OFFSET) == 3 * SEGMENT
+    client.send(160)
+    rig.step()
+
+
+def test_holes_in_retired_segments_are_not_counted_as_retired(make_rig: RigMaker) -> None:
+    rig = make_rig(chunks=12, segment_bytes=4 * CHUNK, max_bytes_per_stream=4 * CHUNK)
+    client = rig.fresh("peer", 16, StreamFlag.STORE | StreamFlag.DROP_OLDEST)
+    for _ in range(40):
+        client.receive(CHUNK)
+        client.offer()
+        client.window.drop_oldest()
+    rig.steps(2)
+    client.end()
+    rig.steps(4)
+    assert client.state() is StreamState.FREE
+    holes = int(str(rig.one("SELECT coalesce(sum(end - first), 0) FROM hole")))
+    assert holes
+    rig.store.retention.apply(rig.now_s + 100, time.time_ns())
+    first = int(str(rig.one("SELECT first_offset FROM stream")))
+    left = int(str(rig.one("SELECT coalesce(sum(end - max(first, ?)), 0) FROM hole WHERE end > ?", first, first)))
+    assert rig.gone(Gone.RETIRED_BYTES) <= first - (holes - left)
+
+
+def test_disk_space_that_must_stay_free_is_made_by_retention(make_rig: RigMaker, tmp_path: pathlib.Path) -> None:
+    rig = make_rig(segment_bytes=SEGMENT)
+    client = rig.fresh("peer")
+    client.send_all(8 * SEGMENT)
+    rig.steps(2)
+    rig.desk.space.min_free_bytes = rig.desk.space.free_bytes + 2 * SEGMENT
+    rig.desk.space.measure = lambda: None  # type: ignore[method-assign]
+    tick(rig)
+    assert client.word(Str.FIRST_OFFSET) >= 2 * SEGMENT
