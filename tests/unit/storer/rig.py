@@ -5,11 +5,13 @@ Bytes go in through the worker's own window class; what is on disk is compared w
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import pathlib
 import sqlite3
 import time
+from typing import Any
 
 import numpy as np
 
@@ -49,8 +51,9 @@ def content(seed: int, first: int, end: int) -> bytes:
 class Client:
     """A connection and its stream. ``sent`` is the stream offset after the last byte that it gave."""
 
-    def __init__(self, rig: Rig, row: int, seed: int) -> None:
+    def __init__(self, rig: Tables, row: int, seed: int) -> None:
         self.rig = rig
+        self.name = rig.state.stream_name(row)
         self.row = row
         self.base = rig.state.stream_base(row)
         self.seed = seed
@@ -113,7 +116,11 @@ class Client:
             self.offer()
             length -= taken
             if length:
-                self.rig.step()
+                self._step()
+
+    def _step(self) -> None:
+        assert isinstance(self.rig, Rig)
+        self.rig.step()
 
     def end(self) -> None:
         """The connection is over: cut the partial packet, offer the rest, let go."""
@@ -122,9 +129,17 @@ class Client:
             self.offer(closing=True)
             if self.window.offered == self.sent - partial:
                 break
-            self.rig.step()
+            self._step()
         else:
             raise AssertionError("the stream could not be closed")
+        self._leave(partial)
+
+    def leave(self) -> None:
+        """``end`` for a stream that drops nothing: it needs no help of the storer."""
+        self.offer(closing=True)
+        self._leave(self.sent % self.packet)
+
+    def _leave(self, partial: int) -> None:
         self.set(Str.TRUNCATED, self.word(Str.TRUNCATED) + partial)
         self.window.close(self.sent - partial)
         self.set(Str.STATE, StreamState.DRAINING)
@@ -133,8 +148,8 @@ class Client:
         return StreamState(self.word(Str.STATE))
 
 
-class Rig:
-    """``step`` is one turn of the storer; ``restart`` is what kill -9 leaves, and a successor."""
+class Tables:
+    """The shared tables, a spool's settings, the supervisor's and the worker's doings, and looks at what came of it."""
 
     def __init__(
         self,
@@ -161,41 +176,14 @@ class Rig:
         self.pool = LeasePool(self.arena, self.state, LEASE)
         self.now_s = time.monotonic()
         self.clients: list[Client] = []
-        self.store = self.open()
+        self.listeners = {0: ListenerConfig()}
 
-    def open(self) -> Store:
-        launch = Launch(
-            role=Role.STORER,
-            name="storer",
-            index=0,
-            slot=STORER_SLOT,
-            lease=1,
-            parent_pid=os.getppid(),
-            config=self.config,
-            listeners={0: ListenerConfig()},
-            state_fd=self.state.fd,
-            table_fd=self.arena.table.fd,
-            data_fd=self.arena.data_fd,
-            channel_fd=-1,
-            doorbell_fd=-1,
-            supervisor_doorbell_fd=-1,
-            storer_doorbell_fd=-1,
-            worker_doorbell_fds=(),
-        )
-        self.desk = open_desk(launch, self.state, self.arena)
-        store = Store(self.desk)
-        store.recover()
-        return store
+    def config_with(self, **changes: object) -> Config:
+        return dataclasses.replace(self.config, **changes)  # type: ignore[arg-type]
 
     def close(self) -> None:
-        self.store.close()
         for fd in (self.state.fd, self.arena.table.fd, self.arena.data_fd):
             os.close(fd)
-
-    def restart(self) -> None:
-        """Nothing is put away; only this process's own descriptors are closed."""
-        self.store.close()
-        self.store = self.open()
 
     # -- supervisor
 
@@ -226,32 +214,6 @@ class Rig:
         row = self.take_row(name, packet, flags, StreamState.OPEN)
         self.clients.append(Client(self, row, len(self.clients) + 1 if seed is None else seed))
         return self.clients[-1]
-
-    def named(
-        self, name: str = "one", packet: int = 16, seed: int = 1, flags: StreamFlag = StreamFlag.STORE, **row: int
-    ) -> Client:
-        self.lease()
-        number = self.take_row(name, packet, flags | StreamFlag.NAMED, StreamState.OPENING, **row)
-        self.store.open_streams()
-        self.clients.append(Client(self, number, seed))
-        return self.clients[-1]
-
-    # -- storer
-
-    def step(self, *, urgent: bool = True) -> int:
-        """Returns how many chunks were freed."""
-        self.now_s += 0.1
-        self.store.open_streams()
-        sample = sample_streams(self.state)
-        ripe = self.store.cycle.ripe(sample, self.now_s, urgent=urgent)
-        freed = self.store.cycle.run(sample, ripe, self.now_s) if len(ripe) else 0
-        self.store.see_off()
-        self.lease()
-        return freed
-
-    def steps(self, count: int = 20) -> None:
-        for _ in range(count):
-            self.step()
 
     # -- what came of it
 
@@ -308,6 +270,73 @@ class Rig:
         found = int(np.count_nonzero(self.arena.table.words == FREE))
         self.lease()
         return found
+
+
+class Rig(Tables):
+    """``step`` is one turn of the storer; ``restart`` is what kill -9 leaves, and a successor."""
+
+    def __init__(self, path: pathlib.Path, **settings: Any) -> None:
+        super().__init__(path, **settings)
+        self.store = self.open()
+
+    def open(self) -> Store:
+        launch = Launch(
+            role=Role.STORER,
+            name="storer",
+            index=0,
+            slot=STORER_SLOT,
+            lease=1,
+            parent_pid=os.getppid(),
+            config=self.config,
+            listeners=self.listeners,
+            state_fd=self.state.fd,
+            table_fd=self.arena.table.fd,
+            data_fd=self.arena.data_fd,
+            channel_fd=-1,
+            doorbell_fd=-1,
+            supervisor_doorbell_fd=-1,
+            storer_doorbell_fd=-1,
+            worker_doorbell_fds=(),
+        )
+        self.desk = open_desk(launch, self.state, self.arena)
+        store = Store(self.desk)
+        store.recover()
+        return store
+
+    def close(self) -> None:
+        self.store.close()
+        super().close()
+
+    def restart(self) -> None:
+        """Nothing is put away; only this process's own descriptors are closed."""
+        self.store.close()
+        self.store = self.open()
+
+    def named(
+        self, name: str = "one", packet: int = 16, seed: int = 1, flags: StreamFlag = StreamFlag.STORE, **row: int
+    ) -> Client:
+        self.lease()
+        number = self.take_row(name, packet, flags | StreamFlag.NAMED, StreamState.OPENING, **row)
+        self.store.open_streams()
+        self.clients.append(Client(self, number, seed))
+        return self.clients[-1]
+
+    # -- storer
+
+    def step(self, *, urgent: bool = True) -> int:
+        """Returns how many chunks were freed."""
+        self.now_s += 0.1
+        self.store.open_streams()
+        sample = sample_streams(self.state)
+        ripe = self.store.cycle.ripe(sample, self.now_s, urgent=urgent)
+        freed = self.store.cycle.run(sample, ripe, self.now_s) if len(ripe) else 0
+        self.store.see_off()
+        self.lease()
+        return freed
+
+    def steps(self, count: int = 20) -> None:
+        for _ in range(count):
+            self.step()
 
 
 def first_difference(found: bytes, wanted: bytes | bytearray) -> str:
