@@ -5,6 +5,8 @@
 #   make test     everything that is tested, style included
 #   make lint     style and types only
 #   make bench    the measurements of docs/benchmarks.md, on this machine
+#   make deb      the Debian packages, in build/deb
+#   make test-system   the packages, installed on a machine with real systemd (as root; minutes)
 #   make clean    remove what the others made
 #
 # Overrides: make run CLIENTS=10 DURATION=30 RATE=10050 PACKET_SIZE=16; make test TESTS=tests/unit PYTEST="-k ledger";
@@ -25,7 +27,7 @@ BENCH ?=
 # Beside the package itself: what other tests are built from.
 TYPED := packaging/demo.py tests/bench $(addprefix tests/integration/,driver.py oracle.py senders.py)
 
-.PHONY: help setup run test lint bench clean
+.PHONY: help setup run test lint bench deb test-system clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -52,6 +54,13 @@ lint: setup
 bench: setup
 	@exec $(BIN)/python tests/bench/bench.py $(BENCH)
 
+deb:
+	@packaging/build_deb.sh
+
+test-system: setup
+	@packaging/system_packages.sh
+	@MPSERVERD_TEST_SYSTEM=1 $(BIN)/python -m pytest tests/system $(PYTEST)
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf --one-file-system .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find mpserverd tests packaging -name __pycache__ -type d -exec rm -rf {} +

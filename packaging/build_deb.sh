@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the Debian packages from the tracked files of this checkout, changes that are not committed included, with Debian's
-# own tools and Python. What comes out lies in build/deb.
+# Builds the Debian packages from this checkout (all that .gitignore does not name, committed or not) with Debian's own
+# tools and Python. What comes out lies in build/deb.
 #
 #   packaging/build_deb.sh [VERSION]    VERSION instead of the one in debian/changelog, for tests of an upgrade
 #
@@ -17,7 +17,7 @@ fail() { echo "deb: $1" >&2; exit 1; }
 
 rm -rf "$out"
 mkdir -p "$tree"
-git ls-files -z | while IFS= read -r -d '' file; do [ -L "$file" ] || [ -e "$file" ] && printf '%s\0' "$file"; done |
+git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do [ -L "$file" ] || [ -e "$file" ] && printf '%s\0' "$file"; done |
   tar -c --null -T - | tar -x -C "$tree"
 
 apt_get() { DEBIAN_FRONTEND=noninteractive apt-get -y --no-install-recommends "$@" >>"$log" 2>&1 </dev/null; }
