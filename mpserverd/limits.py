@@ -63,8 +63,8 @@ NICE_MIN, NICE_MAX = -20, 19
 TIMEOUT_S_MAX = 86_400.0
 """A day. Longer waits are meant as "never", which is written 0."""
 
-HEARTBEAT_TIMEOUT_S_MIN = 1.0
-"""Children beat every 250 ms; less than four beats would kill a process that only lost its turn."""
+HEARTBEAT_TIMEOUT_S_MIN = 2.5
+"""Children beat once a second; less than two beats would kill a process that only lost its turn."""
 
 STOP_TIMEOUT_S_MIN = 0.5
 

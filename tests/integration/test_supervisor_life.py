@@ -237,7 +237,7 @@ def test_a_killed_storer_is_replaced_and_everything_is_stored(tmp_path: Path) ->
 
 
 def test_a_stopped_storer_is_called_stuck_and_not_killed(tmp_path: Path) -> None:
-    with RunningSupervisor(tmp_path, heartbeat_timeout_s=1.0) as supervisor:
+    with RunningSupervisor(tmp_path, heartbeat_timeout_s=2.5) as supervisor:
         pid = supervisor.facts()["storer"]["pid"]
         os.kill(pid, signal.SIGSTOP)
         wait_for(lambda: supervisor.facts()["storer"]["state"] == "stuck")
