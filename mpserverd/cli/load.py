@@ -15,7 +15,6 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -24,6 +23,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from rich.console import Console
 
+from mpserverd.cli.load_chaos import chaos_parser, run_chaos
+from mpserverd.cli.load_options import Option, add_options, number
 from mpserverd.errors import MpserverdError, UsageError
 from mpserverd.limits import PACKET_BYTES_MAX
 from mpserverd.load.crew import Crew, Outcome
@@ -46,32 +47,6 @@ EXIT_CODES = {
     2: "bad usage: unknown option, impossible value, unknown host name",
     3: "not one client could connect",
 }
-
-
-@dataclass(frozen=True)
-class Option:
-    """One option. ``parse`` None: a flag."""
-
-    name: str
-    metavar: str
-    parse: Callable[[str], Any] | None
-    default: Any
-    help: str
-
-
-def number(kind: Callable[[str], Any], low: float, high: float) -> Callable[[str], Any]:
-    """A parser of numbers within bounds, both included."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except (ValueError, ZeroDivisionError):
-            raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is out of bounds, {low:,} to {high:,} are allowed")
-        return value
-
-    return parse
 
 
 def source_addresses(text: str) -> tuple[str, ...]:
@@ -139,15 +114,7 @@ RUN_OPTIONS: tuple[Option, ...] = (
 def run_parser(subparsers: Any = None) -> argparse.ArgumentParser:
     summary = "send packets from many clients and report what came of it"
     parser: argparse.ArgumentParser = subparsers.add_parser("run", help=summary, description=summary.capitalize() + ".")
-    for option in RUN_OPTIONS:
-        text = option.help.replace("`", "").replace("%", "%%")
-        if option.parse is None:
-            parser.add_argument(option.name, action="store_true", help=text)
-            continue
-        shown = "" if option.default in (None, ()) else f" (default {option.default})"
-        parser.add_argument(
-            option.name, metavar=option.metavar, type=option.parse, default=option.default, help=text + shown
-        )
+    add_options(parser, RUN_OPTIONS)
     return parser
 
 
@@ -262,7 +229,7 @@ def _table_console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=FILE_COLUMNS)
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"run": run}
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"run": run, "chaos": run_chaos}
 DEFAULT_COMMAND = "run"
 
 
@@ -273,7 +240,9 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="Exit codes: " + "; ".join(f"{code} {text.replace('`', '')}" for code, text in EXIT_CODES.items()) + ".",
     )
     parser.add_argument("--version", action="version", version=f"mpload {VERSION}")
-    run_parser(parser.add_subparsers(dest="command", metavar="COMMAND"))
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+    run_parser(subparsers)
+    chaos_parser(subparsers)
     return parser
 
 

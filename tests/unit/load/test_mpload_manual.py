@@ -8,6 +8,9 @@ import re
 import pytest
 
 from mpserverd.cli.load import COMMANDS, EXIT_CODES, RUN_OPTIONS, Option, main, make_parser, with_default_command
+from mpserverd.cli.load_chaos import CHAOS_OPTIONS
+from mpserverd.load.chaos_plan import ChaosOptions
+from mpserverd.load.chaos_report import ChaosReport
 from mpserverd.load.crew import Outcome
 from mpserverd.load.link import ClientResult, ConnectionRecord
 from mpserverd.load.results import summarize
@@ -21,7 +24,8 @@ def section(title: str) -> str:
 
 
 def option_row(option: Option) -> str:
-    shown = "" if option.default is None or option.default is False or option.default == () else f"{option.default}"
+    unsaid = option.default is None or option.default is False or isinstance(option.default, tuple)
+    shown = "" if unsaid else f"{option.default}"
     name = f"{option.name} {option.metavar}".strip()
     return f"| `{name}` | {shown} | {option.help} |"
 
@@ -29,6 +33,16 @@ def option_row(option: Option) -> str:
 def test_the_manual_has_each_option_with_its_default_and_meaning() -> None:
     rows = [line for line in section("Options of `run`").splitlines() if line.startswith("| `")]
     assert rows == [option_row(option) for option in RUN_OPTIONS]
+
+
+def test_the_manual_has_each_option_of_chaos() -> None:
+    rows = [line for line in section("Kill it and look: `chaos`").splitlines() if line.startswith("| `--")]
+    assert rows == [option_row(option) for option in CHAOS_OPTIONS]
+
+
+def test_the_manual_has_each_figure_of_chaos() -> None:
+    named = set(re.findall(r"`([a-z_0-9]+)`", section("Figures of `chaos`")))
+    assert set(ChaosReport(ChaosOptions()).as_json()) <= named
 
 
 def test_the_manual_has_each_exit_code() -> None:
@@ -48,7 +62,7 @@ def test_the_manual_has_each_field_of_the_report() -> None:
 
 
 def test_the_manual_names_each_option_that_it_speaks_of() -> None:
-    options = {option.name for option in RUN_OPTIONS}
+    options = {option.name for option in (*RUN_OPTIONS, *CHAOS_OPTIONS)}
     assert set(re.findall(r"--[a-z][a-z-]+", MANUAL)) <= options
 
 
@@ -58,7 +72,7 @@ def test_the_parser_is_made_of_the_rows(capsys: pytest.CaptureFixture[str]) -> N
     assert exit_.value.code == 0
     text = capsys.readouterr().out
     assert all(option.name in text for option in RUN_OPTIONS)
-    assert list(COMMANDS) == ["run"]
+    assert list(COMMANDS) == ["run", "chaos"]
 
 
 def test_run_is_the_default_command() -> None:

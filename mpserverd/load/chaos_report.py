@@ -1,0 +1,164 @@
+"""The outcome of one run of ``mpload chaos``: figures, what is wrong, and the lines and JSON that say so. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mpserverd.load.chaos_client import SentStream
+from mpserverd.load.chaos_compare import Comparison
+from mpserverd.load.chaos_faults import Done
+from mpserverd.load.chaos_plan import ChaosOptions, FaultKind
+
+SCHEMA_VERSION = 1
+AFTER_NS = 500_000_000
+"""A pause belongs to a fault that was over at most so long before it began: buffers fill first."""
+PAUSES_MAX = 20_000
+LINES_MAX = 100
+MUST_BE_ZERO = ("gaps", "missing", "repeats", "reordered", "dropped_bytes", "lost_bytes", "in_arena_bytes")
+
+
+class Pauses:
+    """Begin and end of what clients waited for, monotonic ns; of very many the longest."""
+
+    def __init__(self) -> None:
+        self.all: list[tuple[int, int]] = []
+
+    def add(self, pauses: Iterable[tuple[int, int]]) -> None:
+        self.all += pauses
+        if len(self.all) > 2 * PAUSES_MAX:
+            self.all = sorted(self.all, key=lambda pause: pause[0] - pause[1])[:PAUSES_MAX]
+
+    def longest_ms_by_kind(self, done: Iterable[Done]) -> dict[str, float]:
+        """The longest pause in the wake of each kind; a stopped process explains a pause before anything else does."""
+        faults = sorted(done, key=lambda each: (each.kind is not FaultKind.STOP, each.begin_ns))
+        longest: dict[str, float] = {}
+        for begin, end in self.all:
+            cause = next((each for each in faults if each.begin_ns <= end and begin <= each.end_ns + AFTER_NS), None)
+            name = "none" if cause is None else cause.kind.value
+            longest[name] = max(longest.get(name, 0.0), (end - begin) / 1e6)
+        return {name: round(value, 1) for name, value in sorted(longest.items())}
+
+
+class ChaosReport:
+    def __init__(self, options: ChaosOptions) -> None:
+        self.options = options
+        self.keeps_descriptors = False
+        self.done: list[Done] = []
+        self.missed = 0
+        self.streams: list[SentStream] = []
+        self.totals: dict[str, int] = {}
+        self.clients_done = False
+        self.pauses = Pauses()
+        self.troubles: list[str] = []
+        self.comparison = Comparison()
+        self.restarts_s: list[float] = []
+        self.looks = self.ledger_checks = 0
+        self._failures: list[str] = []
+
+    # --- what is found out
+
+    def fail(self, text: str) -> None:
+        if len(self._failures) < LINES_MAX:
+            self._failures.append(text)
+
+    def take_clients(self, streams: list[SentStream], totals: Mapping[str, int]) -> None:
+        self.streams, self.totals, self.clients_done = list(streams), dict(totals), True
+
+    def watched(self, looks: int, ledger_checks: int, faults: Iterable[str]) -> None:
+        self.looks, self.ledger_checks = looks, ledger_checks
+        for text in faults:
+            self.fail(text)
+
+    def compare_ledger(self, ledger: Mapping[str, Any]) -> None:
+        """The daemon's accounts with the clients', to the byte."""
+        expected = dict.fromkeys(MUST_BE_ZERO, 0)
+        if not self.disconnects:  # what was under way then, nobody knows
+            sent = self.sent_bytes
+            expected |= {"received_bytes": sent, "stored_bytes": sent, "durable_bytes": sent}
+            expected |= {"socket_bytes": self.totals["sent_bytes"], "truncated_bytes": self.totals["truncated_bytes"]}
+        for name, value in expected.items():
+            if ledger[name] != value:
+                self.fail(f"the ledger says {ledger[name]} {name}, {value} would be right")
+
+    # --- figures
+
+    @property
+    def kills(self) -> int:
+        return sum(each.kills for each in self.done)
+
+    @property
+    def sent_bytes(self) -> int:
+        """Of whole packets."""
+        return sum(stream.whole_bytes for stream in self.streams)
+
+    @property
+    def disconnects(self) -> int:
+        return self.totals.get("disconnects", 0)
+
+    @property
+    def failures(self) -> list[str]:
+        """Everything that makes this run a failed one, one line each."""
+        found = list(self._failures)
+        if not self.clients_done:
+            found.append("the run did not come to its end")
+        for name in ("disconnects", "refusals"):
+            if self.totals.get(name):
+                found.append(f"{self.totals[name]} {name}")
+        comparison = self.comparison
+        found += comparison.lines
+        if not comparison.is_exact and not comparison.lines:
+            found.append(f"{comparison.lost_bytes} bytes lost, {comparison.doubled_bytes} doubled")
+        if self.options.faults is not None and len(self.done) < self.options.faults:
+            found.append(f"only {len(self.done)} of {self.options.faults} faults could be done")
+        return found
+
+    def as_json(self) -> dict[str, Any]:
+        comparison, options = self.comparison, self.options
+        kinds = Counter(each.kind.value for each in self.done)
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "seed": options.seed,
+            "duration_s": options.duration_s,
+            "clients": options.clients,
+            "connections": self.totals.get("connections", 0),
+            "streams": comparison.streams,
+            "sent_bytes": self.sent_bytes,
+            "torn_bytes": self.totals.get("truncated_bytes", 0),
+            "stored_bytes": comparison.stored_bytes,
+            "lost_bytes": comparison.lost_bytes,
+            "doubled_bytes": comparison.doubled_bytes,
+            "strange_bytes": comparison.strange_bytes,
+            "disconnects": self.disconnects,
+            "refusals": self.totals.get("refusals", 0),
+            "longest_pause_ms": round(self.totals.get("longest_pause_ns", 0) / 1e6, 1),
+            "longest_pause_ms_by_cause": self.pauses.longest_ms_by_kind(self.done),
+            "longest_restart_ms": round(max(self.restarts_s, default=0.0) * 1000, 1),
+            "keeps_descriptors": self.keeps_descriptors,
+            "kills": self.kills,
+            "faults": {kind.value: kinds[kind.value] for kind in FaultKind},
+            "faults_without_target": self.missed,
+            "looks": self.looks,
+            "ledger_checks": self.ledger_checks,
+            "failures": self.failures,
+            "fine": not self.failures,
+        }
+
+    def lines(self) -> list[str]:
+        """For people."""
+        found = self.as_json()
+        faults = ", ".join(f"{count} {kind}" for kind, count in found["faults"].items() if count) or "none"
+        causes = ", ".join(f"{name} {value:g}" for name, value in found["longest_pause_ms_by_cause"].items())
+        return [
+            f"sent        {found['sent_bytes']:,} bytes of whole packets over {found['connections']} connections",
+            f"stored      {found['stored_bytes']:,} bytes in {found['streams']} streams",
+            f"lost        {found['lost_bytes']:,} bytes",
+            f"doubled     {found['doubled_bytes']:,} bytes, {found['strange_bytes']:,} that nobody sent",
+            f"disconnects {found['disconnects']}, {found['refusals']} refused",
+            f"pause       {found['longest_pause_ms']:g} ms at most" + (f" (by cause: {causes})" if causes else ""),
+            f"kills       {found['kills']}; faults: {faults}",
+            f"watched     {found['looks']} looks at the counters, {found['ledger_checks']} at the ledger",
+            *(f"WRONG: {text}" for text in found["failures"]),
+            "everything is there" if found["fine"] else "FAILED",
+        ]
