@@ -1,8 +1,8 @@
 """The mpserverctl program: parses a command line, runs one command, and leaves with its exit code.
 
-Rules: commands are rows of one table (cli/ctl_commands.py, and cli/spool_commands.py for those that need no daemon);
-every MpserverdError becomes one line ``mpserverctl: text`` and its exit code; Ctrl-C and a reader that went away end it
-quietly. Nothing heavy is imported before it is known to be needed: a kick must not wait for numpy.
+Rules: commands are rows of a table (cli/ctl_commands.py, cli/ops_commands.py; cli/spool_commands.py for those that work
+on a spool); every MpserverdError becomes one line ``mpserverctl: text`` and its exit code; Ctrl-C and a reader that
+went away end it quietly. Nothing heavy is imported before it is known to be needed: a kick must not wait for numpy.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
-from mpserverd.cli.ctl_commands import COMMANDS
+from mpserverd.cli import ctl_commands, ops_commands
 from mpserverd.errors import MpserverdError, UsageError
 from mpserverd.version import VERSION
 
+COMMANDS = {**ctl_commands.COMMANDS, **ops_commands.COMMANDS}
 DEFAULT_SOCKET = "/run/mpserverd/control.sock"
 EXIT_INTERRUPTED = 130
 EXIT_READER_GONE = 141
@@ -57,12 +58,12 @@ def run(words: Sequence[str], out: TextIO) -> int:
     if args.command is None:
         parser.print_help(out)
         return UsageError.exit_code
-    named, args.socket = args.socket, args.socket or DEFAULT_SOCKET
+    args.socket_named, args.socket = args.socket, args.socket or DEFAULT_SOCKET
+    args.daemon_spool = lambda: _daemon_spool(args.socket, required=args.socket_named is not None)
     if args.command in COMMANDS:
         return COMMANDS[args.command].run(args, out)
     from mpserverd.cli import spool_commands  # noqa: PLC0415  (numpy and rich)
 
-    args.daemon_spool = lambda: _daemon_spool(args.socket, required=named is not None)
     return spool_commands.COMMANDS[args.command](args, out)
 
 

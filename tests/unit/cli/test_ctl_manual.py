@@ -18,6 +18,11 @@ from mpserverd.arena.health import health
 from mpserverd.arena.ledger import EQUATIONS
 from mpserverd.arena.report import ledger, stats, workers
 from mpserverd.cli import ctl
+from mpserverd.ops import tune
+from mpserverd.ops.doctor import CHECKS
+from mpserverd.ops.findings import report
+from mpserverd.ops.plan import Demand, plan
+from mpserverd.ops.site import Site
 from mpserverd.streams.export import ExportCount
 from mpserverd.streams.listing import StreamInfo
 from mpserverd.streams.verify import StreamCheck
@@ -94,6 +99,12 @@ def test_equations_are_those_of_the_ledger() -> None:
         assert re.search(re.escape(equation.text).replace(r"\ ", " +"), TEXT), equation.text
 
 
+def test_checks_are_those_of_the_doctor() -> None:
+    section = COMMAND_SECTIONS["doctor"].split("#### ")[0].split("| check |")[1]
+    rows = re.findall(r"^\| ([^|`]+) \| (.+) \|$", section, flags=re.M)
+    assert rows == [(check.name, check.looks_at) for check in CHECKS]
+
+
 # -- JSON
 
 JSON_TITLE = "JSON of "
@@ -137,6 +148,9 @@ def reports(tables: Tables) -> dict[str, set[str]]:
         "`streams`": {field.name for field in dataclasses.fields(StreamInfo)},
         "`export`": {"output", "format", *(field.name for field in dataclasses.fields(ExportCount))},
         "`verify`": {"fine", "totals", "streams"},
+        "`doctor`": set(report(Site(), ())),
+        "`tune`": set(tune.report([], [])),
+        "`plan`": set(plan(Demand(10, 10_050, 16, 1))),
         "an entry of `verify`": {"fine", *(field.name for field in checked)},
     }
 
