@@ -37,8 +37,8 @@ def roff(text: str) -> str:
 
 
 def sentence(text: str) -> str:
-    text = text[:1].upper() + text[1:] if re.match(r"[a-z]+[ ,:]", text) else text
-    return text if text.endswith((".", ":")) else text + "."
+    text = text[:1].upper() + text[1:] if re.match(r"[a-z]+[ ,]", text) else text
+    return text if re.search(r"[.:]( \(.*\))?$", text) else text + "."
 
 
 def bold(text: str) -> str:
@@ -60,7 +60,7 @@ def argument_head(argument: Argument) -> str:
     return ", ".join(bold(name) for name in argument.names) + value
 
 
-def synopsis(command: Command, common: tuple[str, ...]) -> str:
+def synopsis(command: Command, common: set[str]) -> str:
     words = [bold(command.name)]
     for argument in command.options:
         if argument.names[-1] not in common:
@@ -75,9 +75,6 @@ def by_long_name(argument: Argument) -> Argument:
     return dataclasses.replace(argument, names=argument.names[-1:])
 
 
-COMMON = ("--help", "--socket", "--json", "--version")
-
-
 def options(program: Program, name: str = "") -> Iterator[str]:
     """Of the program, or of one command, with everything."""
     command = program.own if not name else next(each for each in program.commands if each.name == name)
@@ -86,11 +83,12 @@ def options(program: Program, name: str = "") -> Iterator[str]:
 
 
 def commands(program: Program) -> Iterator[str]:
-    """All commands with what is special about each."""
+    """All commands, each without the options that stand before any command too."""
+    common = {argument.names[-1] for argument in program.own.options}
     for command in program.commands:
-        yield from (".SS " + command.name, synopsis(command, COMMON), ".PP", roff(sentence(command.description)))
+        yield from (".SS " + command.name, synopsis(command, common), ".PP", roff(sentence(command.description)))
         for argument in command.arguments:
-            if argument.names and argument.names[-1] in COMMON:
+            if argument.names and argument.names[-1] in common:
                 continue
             choices = f" One of: {', '.join(argument.choices)}." if argument.choices else ""
             yield from item(argument_head(argument), sentence(argument.help) + choices)

@@ -52,6 +52,7 @@ class Machine:
     """``debs`` are copied to /srv of the machine; ``depends`` are packages that can be installed there."""
 
     def __init__(self, debs: Sequence[pathlib.Path], depends: Sequence[str]) -> None:
+        self.slowness = SLOWNESS
         self.name = f"mpsd-{os.getpid()}-{next(_numbers)}"
         self.root = CACHE / self.name
         self.log_path = CACHE / f"{self.name}.log"
@@ -133,6 +134,15 @@ class Machine:
                 f"{shlex.join(command)} exited {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
             )
         return done
+
+    def popen(self, *command: str) -> subprocess.Popen[str]:
+        """Start a command that goes on; its input and output are pipes."""
+        return subprocess.Popen(
+            ["nsenter", "-t", str(self._leader), "-a", "--", *ENVIRONMENT, *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
     def sh(self, script: str, *, check: bool = True, user: str = "") -> Result:
         return self.run("sh", "-euc", script, check=check, user=user)
