@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any, TextIO
 
-from mpserverd.cli.ctl_commands import Command
+from mpserverd.cli.ctl_commands import Command, Run
+from mpserverd.errors import MpserverdError
 
 LEVEL_WORDS = {"fault": "FAULT", "warning": "WARNING", "note": "note", "ok": "ok"}
 
@@ -146,6 +148,81 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=804, metavar="B", help="packets in one write of a client (804)")
 
 
+# -- support-bundle
+
+
+def support_bundle_command(args: argparse.Namespace, out: TextIO) -> int:
+    from mpserverd.ops.bundle import collect  # noqa: PLC0415
+    from mpserverd.ops.site import survey  # noqa: PLC0415
+
+    report = collect(survey(args.config, args.socket_named), Path(args.output), names=args.names)
+    if args.json:
+        _print_json(out, report)
+        return 0
+    for name, size_bytes in report["members"].items():
+        print(f"{name:22} {size_bytes:>11,} bytes", file=out)
+    for name, reason in report["left_out"].items():
+        print(f"{name:22} left out: {reason}", file=out)
+    print(f"{args.output}: no packets, settings masked; look through it before you send it", file=out)
+    return 0
+
+
+def _support_bundle_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_argument(parser)
+    parser.add_argument("--output", required=True, metavar="FILE", help="a .tar.gz, for you alone to read")
+    parser.add_argument("--names", action="store_true", help="names of streams too, not only how many")
+
+
+# -- backup
+
+
+def backup_command(args: argparse.Namespace, out: TextIO) -> int:
+    from mpserverd.cli.tables import human_bytes  # noqa: PLC0415
+    from mpserverd.ops.backup import backup  # noqa: PLC0415
+    from mpserverd.streams.reader import DEFAULT_SPOOL  # noqa: PLC0415
+
+    spool = Path(args.spool or args.daemon_spool() or DEFAULT_SPOOL)
+    report = backup(spool, Path(args.output), args.streams, args.jobs)
+    if args.json:
+        _print_json(out, report)
+        return 0 if report["fine"] else 1
+    print(
+        f"{report['streams']:,} streams of {spool} as of {report['taken']}: {report['segments']:,} files copied "
+        f"({human_bytes(report['copied_bytes'])}), {report['kept_segments']:,} kept "
+        f"({human_bytes(report['kept_bytes'])}), {report['removed_files']:,} old ones removed",
+        file=out,
+    )
+    for finding in report["findings"]:
+        print(f"DAMAGED: {finding}", file=out)
+    print("the copy is verified" if report["fine"] else "the copy is DAMAGED", file=out)
+    return 0 if report["fine"] else 1
+
+
+def _backup_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("streams", nargs="*", metavar="STREAM", help="only these (default: all, older epochs too)")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="empty, or an earlier backup to bring up to date"
+    )
+    parser.add_argument("--spool", metavar="PATH", help="spool directory (default: the daemon's, or the usual one)")
+    parser.add_argument(
+        "--jobs", type=int, choices=range(1, 65), default=1, metavar="N", help="files verified at a time"
+    )
+
+
+def _guarded(command: Run) -> Run:
+    """An operating fault is one line."""
+
+    def run(args: argparse.Namespace, out: TextIO) -> int:
+        try:
+            return command(args, out)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise MpserverdError(f"{error.filename or args.output}: {error.strerror or error}") from error
+
+    return run
+
+
 def _print_json(out: TextIO, report: Any) -> None:
     print(json.dumps(report, indent=2, allow_nan=False), file=out)
 
@@ -174,6 +251,22 @@ _ROWS = (
         "Work out what a machine needs, and the settings to paste. Looks at nothing.",
         needs_daemon=False,
         add_arguments=_plan_arguments,
+    ),
+    Command(
+        "support-bundle",
+        _guarded(support_bundle_command),
+        "what a bug report needs, in one file without secrets",
+        "Collect settings, reports, facts of the system and the end of the log. Works without a daemon too.",
+        needs_daemon=False,
+        add_arguments=_support_bundle_arguments,
+    ),
+    Command(
+        "backup",
+        _guarded(backup_command),
+        "a consistent copy of a spool, also of a live one",
+        "Copy a spool to another directory and verify the copy; again, and only what is new is copied.",
+        needs_daemon=False,
+        add_arguments=_backup_arguments,
     ),
 )
 

@@ -19,6 +19,7 @@ from mpserverd.arena.ledger import EQUATIONS
 from mpserverd.arena.report import ledger, stats, workers
 from mpserverd.cli import ctl
 from mpserverd.ops import tune
+from mpserverd.ops.backup import Count
 from mpserverd.ops.doctor import CHECKS
 from mpserverd.ops.findings import report
 from mpserverd.ops.plan import Demand, plan
@@ -151,6 +152,11 @@ def reports(tables: Tables) -> dict[str, set[str]]:
         "`doctor`": set(report(Site(), ())),
         "`tune`": set(tune.report([], [])),
         "`plan`": set(plan(Demand(10, 10_050, 16, 1))),
+        "`support-bundle`": {"schema_version", "output", "made", "version", "members", "left_out"},
+        "`backup`": {
+            *("schema_version", "fine", "output", "spool", "taken", "checked_bytes", "unchecked_bytes", "findings"),
+            *(field.name for field in dataclasses.fields(Count)),
+        },
         "an entry of `verify`": {"fine", *(field.name for field in checked)},
     }
 
