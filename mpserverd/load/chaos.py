@@ -267,7 +267,7 @@ class Chaos:
             return
         if not ledger["holds"]:
             self.report.fail("at the end the ledger does not balance")
-        self.report.compare_ledger(ledger["totals"])
+        self.report.ledger = ledger["totals"]
 
     def _judge(self) -> None:
         report = self.report
@@ -284,6 +284,7 @@ class Chaos:
         except Exception as error:  # a spool in ruins must not hide the rest of the report
             report.comparison = Comparison(lost_bytes=report.sent_bytes)
             report.fail(f"the spool cannot be compared: {type(error).__name__}: {error}")
+        report.compare_ledger()
 
     # --- while it goes on
 

@@ -56,8 +56,8 @@ class ClientState(enum.Enum):
 class SentStream:
     """What must be stored: ``whole_bytes`` of the stream ``number`` of ``client``, with this hash.
 
-    ``name`` "" : named by the daemon, after ``address`` and ``port``; of several such the ``order``-th in time.
-    ``broken``: the peer ended it, and what is stored is a beginning of it.
+    ``name`` "": named by the daemon, after ``address`` and ``port``. ``connection_ends``: where in the stream each of
+    its connections ended. ``broken``: how the peer ended it; what is stored is then a beginning of it.
     """
 
     client: int
@@ -68,6 +68,7 @@ class SentStream:
     packet_size: int
     whole_bytes: int
     sha256: str
+    connection_ends: tuple[int, ...]
     broken: str = ""
 
 
@@ -125,7 +126,7 @@ class ChaosClient:
         self._finishing = False
         self._number = 0
         self._content = Content(seed, plan.client, 0, plan.packet_size)
-        self._hash = StreamHash(plan.packet_size)
+        self._begin_stream()
         self._ahead = memoryview(b"")
         self._piece = memoryview(b"")
         self._connection_bytes = 0
@@ -173,6 +174,9 @@ class ChaosClient:
 
     # --- beginning
 
+    def _begin_stream(self) -> None:
+        self._hash, self._ends = StreamHash(self.plan.packet_size), list[int]()
+
     def _connect(self, now_ns: int) -> None:
         self.sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         self.sock.setblocking(False)
@@ -196,7 +200,7 @@ class ChaosClient:
         self._connection_bytes, self._end_bytes, self._blocked_ns = 0, None, None
         if not self.plan.named:
             self._content = Content(self.seed, self.plan.client, self._number, self.plan.packet_size)
-            self._hash = StreamHash(self.plan.packet_size)
+            self._begin_stream()
         self._ahead = self._piece = memoryview(b"")
         steady = self.plan.habit in (Habit.STEADY, Habit.STALLING)
         self._end_ns = 1 << 63 if steady else now_ns + self._random_ns(LIFE_S)
@@ -333,22 +337,31 @@ class ChaosClient:
 
     def _over(self, now_ns: int, broken: str = "") -> None:
         self.totals.truncated_bytes += self._hash.cut()
+        self._ends.append(self._hash.whole_bytes)
         if not self.plan.named or broken:
             self._record(broken)
         self._close(now_ns, self._random_ns(AWAY_S))
         if broken and self.plan.named:
             self.wake_ns, self._finishing = now_ns, True  # nobody knows where its stream goes on
-            self._hash = StreamHash(self.plan.packet_size)
+            self._begin_stream()
 
     def _record(self, broken: str = "") -> None:
         if self._hash.whole_bytes == 0 and not broken:
             return
         plan = self.plan
         name = plan.name if plan.named else ""
-        whole, digest = self._hash.whole_bytes, self._hash.hexdigest()
         self.streams.append(
             SentStream(
-                plan.client, self._number, name, plan.address, self._port, plan.packet_size, whole, digest, broken
+                client=plan.client,
+                number=self._number,
+                name=name,
+                address=plan.address,
+                port=self._port,
+                packet_size=plan.packet_size,
+                whole_bytes=self._hash.whole_bytes,
+                sha256=self._hash.hexdigest(),
+                connection_ends=tuple(self._ends),
+                broken=broken,
             )
         )
         self._number += 0 if plan.named else 1

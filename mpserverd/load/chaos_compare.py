@@ -1,9 +1,12 @@
-"""Compares what the clients of ``mpload chaos`` sent with what a spool holds, byte for byte, twice.
+"""Compares what the clients of ``mpload chaos`` sent with what a spool holds, byte for byte, in both ways of reading.
 
-Once through the reader that everybody uses, once with SQLite and plain reads of the segment files alone; both must give
-the hash that was made while sending. Where they do not, the stored packets are looked up one by one by the number that
-they carry: missing ones are lost, further copies are doubled, what was never sent is strange. What is stored and was
-sent by nobody is doubled too.
+The hash of what is stored must be that of what was sent. Where it is not, the stored packets are looked up one by one
+by the number that they carry: missing ones are lost, further copies are doubled, what was never sent is strange. What
+is stored and was sent by nobody is doubled too.
+
+A named client's connections are one stream. When the daemon cannot go on with that stream soon, because the storer
+stands still, it gives the next connection a stream of its own; then its packets are to be found there, and the main
+stream counts a gap for them, no more and no less.
 """
 
 from __future__ import annotations
@@ -11,44 +14,37 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import pathlib
-import sqlite3
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from mpserverd.errors import MpserverdError
 from mpserverd.load.chaos_client import SentStream
-from mpserverd.load.chaos_content import Content
-from mpserverd.streams.reader import open_stream
+from mpserverd.load.chaos_content import PIECE_BYTES_MAX, Content
+from mpserverd.load.chaos_stored import WAYS, StoredStream, stored_streams
 
-PIECE_BYTES = 1 << 18
 LINES_MAX = 100
 
-
-@dataclasses.dataclass(frozen=True)
-class StoredStream:
-    """A row of the catalog. ``flaws``: its accounts that should be 0 and are not."""
-
-    name: str
-    full_name: str
-    directory: str
-    packet_size: int
-    first_offset: int
-    durable: int
-    flaws: dict[str, int]
+Range = tuple[int, int]
 
 
 @dataclasses.dataclass
 class Comparison:
-    """Sizes are bytes. ``lines`` say what is wrong, for people."""
+    """Sizes are bytes. ``gaps`` and ``missing`` are what the daemon has to count for streams that were split.
+    ``lines`` say what is wrong, for people."""
 
     streams: int = 0
     stored_bytes: int = 0
     lost_bytes: int = 0
     doubled_bytes: int = 0
     strange_bytes: int = 0
+    split_streams: int = 0
+    gaps: int = 0
+    missing: int = 0
     lines: list[str] = dataclasses.field(default_factory=list)
 
     @property
@@ -60,23 +56,41 @@ class Comparison:
             self.lines.append(text)
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A stored stream, and the ranges of packets (first, end) of a sent one that it must hold, in this order."""
+
+    stored: StoredStream
+    ranges: tuple[Range, ...]
+
+    @property
+    def counted(self) -> dict[str, int]:
+        """What the daemon counts because packets between the ranges went elsewhere."""
+        jumps = [later[0] - before[1] for before, later in itertools.pairwise(self.ranges)]
+        jumps = [jump for jump in jumps if jump]
+        return {"gaps": len(jumps), "missing": sum(jumps)} if jumps else {}
+
+
 def compare(spool: pathlib.Path, sent: Sequence[SentStream], seed: int) -> Comparison:
     """Everything that was sent with everything that is stored. The daemon may run still, but must be idle."""
     result = Comparison()
     stored = stored_streams(spool)
+    taken: set[str] = set()
     for one, found in match(sent, stored):
-        if one is None:
-            assert found is not None
-            result.stored_bytes += found.durable
-            result.doubled_bytes += found.durable
-            result.say(f"stream {found.full_name} ({found.durable} bytes) was sent by nobody")
-        elif found is None:
-            if not one.broken:
-                result.lost_bytes += one.whole_bytes
-                result.say(f"{label(one)}: all {one.whole_bytes} bytes are lost, there is no such stream")
-        else:
-            result.streams += 1
+        taken |= {stream.full_name for stream in found}
+        result.streams += len(found)
+        result.split_streams += max(0, len(found) - 1)
+        result.stored_bytes += sum(stream.durable for stream in found)
+        if found:
             _compare_stream(spool, one, found, seed, result)
+        elif not one.broken:
+            result.lost_bytes += one.whole_bytes
+            result.say(f"{label(one)}: all {one.whole_bytes} bytes are lost, there is no such stream")
+    for stream in stored:
+        if stream.full_name not in taken:
+            result.stored_bytes += stream.durable
+            result.doubled_bytes += stream.durable
+            result.say(f"stream {stream.full_name} ({stream.durable} bytes) was sent by nobody")
     return result
 
 
@@ -84,127 +98,149 @@ def label(one: SentStream) -> str:
     return f"client {one.client} stream {one.name or f'{one.address}:{one.port}'}"
 
 
-def stored_streams(spool: pathlib.Path) -> list[StoredStream]:
-    """From the catalog, in the order in which they were made."""
-    flaws = ("gaps", "missing", "repeats", "reordered", "stored_holes", "dropped", "lost")
-    query = (
-        f"SELECT name, epoch, directory, packet_size, first_offset, durable, {', '.join(flaws)} FROM stream ORDER BY id"
-    )
-    with contextlib.closing(sqlite3.connect(f"file:{spool}/catalog.sqlite?mode=ro", uri=True)) as catalog:
-        rows = catalog.execute(query).fetchall()
-    return [
-        StoredStream(
-            name,
-            f"{name}@{epoch}",
-            directory,
-            size,
-            first,
-            durable,
-            {flaw: count for flaw, count in zip(flaws, counts, strict=True) if count},
-        )
-        for name, epoch, directory, size, first, durable, *counts in rows
-    ]
-
-
 def match(
     sent: Iterable[SentStream], stored: Iterable[StoredStream]
-) -> Iterator[tuple[SentStream | None, StoredStream | None]]:
-    """Pairs of sent and stored. A port that was used twice gave two streams, in the order of time."""
-    by_key: dict[str, list[StoredStream]] = defaultdict(list)
+) -> Iterator[tuple[SentStream, list[StoredStream]]]:
+    """The stored streams of each sent one. A port that was used twice gave two streams, in the order of time."""
+    by_name: dict[str, list[StoredStream]] = defaultdict(list)
+    by_peer: dict[str, list[StoredStream]] = defaultdict(list)
     for stream in stored:
-        by_key[stream.name].append(stream)
-        peer, dash, _ = stream.name.rpartition("-")
-        if dash:
-            by_key[peer].append(stream)
-    taken: set[str] = set()
+        by_name[stream.name].append(stream)
+        peer, _, _ = stream.name.rpartition("-")
+        by_peer[peer].append(stream)
     for one in sorted(sent, key=lambda one: (one.client, one.number)):
-        key = one.name or f"{one.address}-{one.port}"
-        found = next((stream for stream in by_key[key] if stream.full_name not in taken), None)
-        if found is not None:
-            taken.add(found.full_name)
-        yield one, found
-    for stream in {stream.full_name: stream for streams in by_key.values() for stream in streams}.values():
-        if stream.full_name not in taken:
-            yield None, stream
+        if not one.name:
+            yield one, [by_peer[f"{one.address}-{one.port}"].pop(0)] if by_peer[f"{one.address}-{one.port}"] else []
+            continue
+        split = [stream for name in sorted(by_name) if name.startswith(f"{one.name}.") for stream in by_name[name]]
+        yield one, [*by_name[one.name], *split]
 
 
-def through_reader(spool: pathlib.Path, stream: StoredStream) -> Iterator[bytes]:
-    with open_stream(stream.full_name, spool=spool) as opened:
-        for view in opened.read_bytes(chunk_bytes=PIECE_BYTES):
-            yield bytes(view)
+def _compare_stream(
+    spool: pathlib.Path, one: SentStream, found: list[StoredStream], seed: int, result: Comparison
+) -> None:
+    content = Content(seed, one.client, one.number, one.packet_size)
+    parts = _parts(spool, one, found, content, result)
+    covered = sum(end - first for part in parts for first, end in part.ranges) * one.packet_size
+    fine = covered == one.whole_bytes or bool(one.broken)
+    for part in parts:
+        _compare_counts(one, part, result)
+        wanted = one.sha256 if len(parts) == 1 and not one.broken else _expected_hash(content, part.ranges)
+        for way, read in WAYS.items():
+            digest, error = _hash(read(spool, part.stored))
+            if error:
+                result.say(f"{label(one)}: the {way} cannot read {part.stored.full_name}: {error}")
+            if digest != wanted:
+                fine = False
+                first = _first_difference(read(spool, part.stored), content, part.ranges)
+                if one.broken and first == part.stored.durable:
+                    fine = True  # a beginning of what was sent
+                    continue
+                size_bytes = sum(end - first for first, end in part.ranges) * one.packet_size
+                result.say(
+                    f"{label(one)}, by the {way}: {part.stored.durable} bytes stored, {size_bytes} sent, sha256 "
+                    f"{digest[:16]} for {wanted[:16]}, the first difference at offset {first}"
+                )
+    if not fine:
+        _count_packets(spool, one, parts, content, result)
 
 
-def through_files(spool: pathlib.Path, stream: StoredStream) -> Iterator[bytes]:
-    """Segment files are named by the offset of their first byte; each holds the bytes up to the next one's."""
-    at = stream.first_offset
-    paths = sorted((spool / "streams" / stream.directory).glob("*.seg"))
-    bases = [int(path.stem) for path in paths]
-    for path, base, end in zip(paths, bases, [*bases[1:], stream.durable], strict=True):
-        with path.open("rb") as segment:
-            segment.seek(at - base)
-            while at < min(end, stream.durable):
-                piece = segment.read(min(PIECE_BYTES, min(end, stream.durable) - at))
-                if not piece:
-                    break
-                at += len(piece)
-                yield piece
-
-
-def _compare_stream(spool: pathlib.Path, one: SentStream, found: StoredStream, seed: int, result: Comparison) -> None:
-    result.stored_bytes += found.durable
-    name = label(one)
-    for flaw, count in found.flaws.items():
-        result.say(f"{name}: the catalog counts {count} {flaw}")
-    if found.packet_size != one.packet_size or found.first_offset:
-        result.say(f"{name}: packets of {found.packet_size} bytes from offset {found.first_offset}")
-        return
-    hashes = {}
-    for way, read in (("reader", through_reader), ("files", through_files)):
-        digest = hashlib.sha256()
-        try:
-            for piece in read(spool, found):
-                digest.update(piece)
-        except (MpserverdError, OSError) as error:
-            result.say(f"{name}: the {way} cannot be read: {error}")
-        hashes[way] = digest.hexdigest()
-    if set(hashes.values()) == {one.sha256}:
-        return
-    for way, read in (("reader", through_reader), ("files", through_files)):
-        if hashes[way] != one.sha256:
-            counts = _count(read(spool, found), one, seed)
-            lost = 0 if one.broken else counts.lost
-            if counts.is_prefix and one.broken:
-                continue
-            result.say(
-                f"{name}, by the {way}: {found.durable} bytes stored, {one.whole_bytes} sent, the first difference at "
-                f"offset {counts.first_difference}; lost {lost}, doubled {counts.doubled}, strange {counts.strange}"
-            )
-            if way == "reader" or hashes["reader"] == one.sha256:
-                result.lost_bytes += lost
-                result.doubled_bytes += counts.doubled
-                result.strange_bytes += counts.strange
-
-
-@dataclasses.dataclass(frozen=True)
-class Counts:
-    """In bytes of whole packets."""
-
-    lost: int
-    doubled: int
-    strange: int
-    first_difference: int
-    is_prefix: bool
-
-
-def _count(pieces: Iterator[bytes], one: SentStream, seed: int) -> Counts:
-    """Look at every stored packet: which one is it?"""
+def _parts(
+    spool: pathlib.Path, one: SentStream, found: list[StoredStream], content: Content, result: Comparison
+) -> list[Part]:
+    """Which connections each stored stream holds: that of a split one is told by the number of its first packet."""
     size = one.packet_size
-    content = Content(seed, one.client, one.number, size)
-    sent_packets = one.whole_bytes // size
-    seen = np.zeros(sent_packets, np.int64)
-    strange = at = 0
-    first_difference: int | None = None
-    rest = b""
+    bounds = [0, *(end // size for end in one.connection_ends)]
+    left = {first: (first, end) for first, end in itertools.pairwise(bounds) if end > first}
+    parts = []
+    for stream in found:
+        if stream.packet_size != size or stream.first_offset:
+            result.say(f"{label(one)}: packets of {stream.packet_size} bytes from offset {stream.first_offset}")
+        elif stream.name.startswith(f"{one.name}.") and one.name:
+            parts.append(Part(stream, (left.pop(_first_number(spool, stream, content), (0, 0)),)))
+    mains = [stream for stream in found if stream.name == one.name or not one.name]
+    # a second epoch of the main stream should not be; it then holds nothing that was sent
+    return [*(Part(main, tuple(left.values()) if main is mains[0] else ()) for main in mains), *parts]
+
+
+def _first_number(spool: pathlib.Path, stream: StoredStream, content: Content) -> int:
+    with contextlib.suppress(MpserverdError, OSError):
+        head = next(WAYS["files"](spool, stream), b"")[: content.packet_size]
+        if len(head) == content.packet_size:
+            return int(content.numbers_of(np.frombuffer(head, np.uint8).reshape(1, -1))[0])
+    return -1
+
+
+def _compare_counts(one: SentStream, part: Part, result: Comparison) -> None:
+    wanted = part.counted
+    result.gaps += wanted.get("gaps", 0)
+    result.missing += wanted.get("missing", 0)
+    if part.stored.counted != wanted:
+        result.say(f"{label(one)}: the catalog counts {part.stored.counted}, {wanted} would be right")
+
+
+def _hash(pieces: Iterator[bytes]) -> tuple[str, str]:
+    """Hash of what could be read, and the error that ended it."""
+    digest = hashlib.sha256()
+    try:
+        for piece in pieces:
+            digest.update(piece)
+    except (MpserverdError, OSError) as error:
+        return digest.hexdigest(), str(error)
+    return digest.hexdigest(), ""
+
+
+def _expected(content: Content, ranges: Iterable[Range]) -> Iterator[bytes]:
+    size = content.packet_size
+    step = PIECE_BYTES_MAX // size * size
+    for first, end in ranges:
+        for at in range(first * size, end * size, step):
+            yield content.piece(at, min(at + step, end * size)).tobytes()
+
+
+def _expected_hash(content: Content, ranges: Iterable[Range]) -> str:
+    return _hash(_expected(content, ranges))[0]
+
+
+def _first_difference(stored: Iterator[bytes], content: Content, ranges: Iterable[Range]) -> int:
+    """Offset of the first byte that differs, or is there on one side only."""
+    expected, at = _expected(content, ranges), 0
+    here = there = b""
+    with contextlib.suppress(MpserverdError, OSError):
+        while True:
+            here, there = here or next(stored, b""), there or next(expected, b"")
+            length = min(len(here), len(there))
+            if not length:
+                return at
+            differ = np.flatnonzero(np.frombuffer(here, np.uint8, length) != np.frombuffer(there, np.uint8, length))
+            if len(differ):
+                return at + int(differ[0])
+            at, here, there = at + length, here[length:], there[length:]
+    return at
+
+
+def _count_packets(
+    spool: pathlib.Path, one: SentStream, parts: Iterable[Part], content: Content, result: Comparison
+) -> None:
+    """Look at every stored packet: which one is it? By the worse of the two ways of reading."""
+    worst = (0, 0, 0)
+    for read in WAYS.values():
+        seen = np.zeros(one.whole_bytes // one.packet_size, np.int64)
+        strange = 0
+        for part in parts:
+            strange += _see(read(spool, part.stored), content, seen)
+        lost = 0 if one.broken else int((seen == 0).sum()) * one.packet_size
+        doubled = int(np.maximum(seen - 1, 0).sum()) * one.packet_size
+        worst = max(worst, (lost, doubled, strange), key=sum)
+    result.lost_bytes += worst[0]
+    result.doubled_bytes += worst[1]
+    result.strange_bytes += worst[2]
+    result.say(f"{label(one)}: {worst[0]} bytes lost, {worst[1]} doubled, {worst[2]} strange, {one.broken or 'whole'}")
+
+
+def _see(pieces: Iterator[bytes], content: Content, seen: npt.NDArray[np.int64]) -> int:
+    """Add each packet to ``seen`` at its index; returns the bytes that are no packet of this stream."""
+    size, strange, rest = content.packet_size, 0, b""
     with contextlib.suppress(MpserverdError, OSError):  # said before; what could be read counts
         for piece in pieces:
             joined = rest + piece
@@ -212,19 +248,7 @@ def _count(pieces: Iterator[bytes], one: SentStream, seed: int) -> Counts:
             rows = np.frombuffer(joined, np.uint8, whole * size).reshape(-1, size)
             rest = joined[whole * size :]
             numbers = content.numbers_of(rows)
-            own = (numbers < sent_packets) & (content.packets(numbers) == rows).all(axis=1)
+            own = (numbers < len(seen)) & (content.packets(numbers) == rows).all(axis=1)
             strange += int((~own).sum()) * size
             np.add.at(seen, numbers[own], 1)
-            expected = content.packets(np.arange(at, at + whole, dtype=np.int64))
-            wrong = np.flatnonzero((expected != rows).reshape(-1))
-            if first_difference is None and len(wrong):
-                first_difference = at * size + int(wrong[0])
-            at += whole
-    stored_whole = min(at, sent_packets)
-    return Counts(
-        lost=int((seen == 0).sum()) * size,
-        doubled=int(np.maximum(seen - 1, 0).sum()) * size,
-        strange=strange + len(rest),
-        first_difference=stored_whole * size if first_difference is None else first_difference,
-        is_prefix=first_difference is None and at <= sent_packets,
-    )
+    return strange + len(rest)

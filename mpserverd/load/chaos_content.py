@@ -57,5 +57,4 @@ class Content:
     def numbers_of(self, rows: Bytes) -> npt.NDArray[np.int64]:
         """What each of the packets says its index is; anything, when it is not of this stream."""
         numbers = np.ascontiguousarray(rows[:, : self._number_type.itemsize]).view(self._number_type).reshape(-1)
-        bounded: npt.NDArray[np.int64] = np.minimum(numbers, np.iinfo(np.int64).max).astype(np.int64)
-        return bounded
+        return numbers.astype(np.uint64).clip(max=np.iinfo(np.int64).max).astype(np.int64)

@@ -35,7 +35,7 @@ BOTH_SHARE = 0.2
 Facts = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Done:
     """One fault that was done. ``end_ns`` is when its cause was over: the process dead, continued, or ready again."""
 
@@ -50,8 +50,8 @@ class Done:
 class Stopped:
     name: str
     pidfd: int
-    begin_ns: int
     continue_ns: int
+    done: Done
 
 
 class Faults:
@@ -68,6 +68,7 @@ class Faults:
         both: bool,
     ) -> None:
         self._unit, self._facts, self._configure = unit, facts, configure
+        self._known: Facts | None = None
         self._chance = random.Random(f"targets {seed}")
         self._both = both
         self._stopped: list[Stopped] = []
@@ -124,7 +125,9 @@ class Faults:
 
     def _target(self, role: str) -> tuple[str, int] | None:
         """A running one that is not stopped by us."""
-        facts = self._facts()
+        if not any(stopped.name.startswith("supervisor") for stopped in self._stopped):
+            self._known = self._facts()
+        facts = self._known
         if facts is None:
             return None
         rows = facts.get("workers", []) if role == "worker" else [facts.get("storer")]
@@ -199,9 +202,11 @@ class Faults:
             length_s += HEARTBEAT_TIMEOUT_S
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(target[1], signal.SIGSTOP)
-        self._stopped.append(Stopped(target[0], target[1], now_ns, now_ns + int(length_s * 1e9)))
+        continue_ns = now_ns + int(length_s * 1e9)
         text = f"SIGSTOP {target[0].rpartition(' ')[0]} for {length_s * 1000:.0f} ms"
-        return [Done(FaultKind.STOP, now_ns, now_ns + int(length_s * 1e9), text)]
+        done = Done(FaultKind.STOP, now_ns, continue_ns, text)
+        self._stopped.append(Stopped(target[0], target[1], continue_ns, done))
+        return [done]
 
     def continue_due(self, *, everything: bool = False) -> None:
         """SIGCONT for those whose time is over."""
@@ -210,6 +215,7 @@ class Faults:
             if everything or now_ns >= stopped.continue_ns:
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(stopped.pidfd, signal.SIGCONT)
+                stopped.done.end_ns = time.monotonic_ns()
                 os.close(stopped.pidfd)
                 self._stopped.remove(stopped)
 

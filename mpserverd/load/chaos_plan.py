@@ -12,6 +12,7 @@ import random
 from collections.abc import Sequence
 from typing import TypeVar
 
+from mpserverd.limits import HEARTBEAT_TIMEOUT_S_MIN
 from mpserverd.load.chaos_content import sequence_bytes
 
 PACKET_SIZES = (16, 7, 24, 1500)
@@ -19,7 +20,7 @@ RATE_BYTES_MAX = 1 << 20
 """Paced clients send at most so much a second: 1,500 x 10,050 would fill a disk, and finds nothing more."""
 FAULTS_PER_S = 2.0
 WARM_UP_S = 0.3
-HEARTBEAT_TIMEOUT_S = 2.0
+HEARTBEAT_TIMEOUT_S = HEARTBEAT_TIMEOUT_S_MIN
 WORKERS_MIN, WORKERS_MAX = 2, 4
 SPARE_CLIENTS = 16
 KIB, MIB = 1 << 10, 1 << 20

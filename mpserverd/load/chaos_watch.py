@@ -20,6 +20,8 @@ from mpserverd.control.client import request_state
 from mpserverd.errors import MpserverdError
 
 DEADLINE_S = 2.0
+FACTS_S = 0.3
+"""Soon, because whoever is stopped must be continued in time; it is asked again."""
 CTL_S = 30.0
 GROWING = ("total_connections", "total_packets", "total_bytes", "errors")
 GAUGES = frozenset({"in_arena_bytes", "at_risk_bytes", "holds", "forwarded_bytes"})
@@ -52,7 +54,7 @@ class Watch:
 
     def ask_facts(self) -> dict[str, Any] | None:
         """Who the processes are now; None when the daemon does not answer soon."""
-        live = self._maybe_live(DEADLINE_S)
+        live = self._maybe_live(FACTS_S)
         return None if live is None else live.facts
 
     def _maybe_live(self, deadline_s: float) -> LiveState | None:

@@ -123,7 +123,7 @@ class StandIn:
             while not (self.state.ready and self.state.starts >= start):
                 self._check_thread()
                 if self.state.deaths_before_ready >= FAILED_STARTS_MAX or self._over:
-                    raise StartError(f"{self.command[0]} does not start: exit status {self.state.last_exit}")
+                    raise StartError(f"the service does not start: exit status {self.state.last_exit}")
                 left_s = until_s - time.monotonic()
                 if left_s <= 0:
                     raise StartError(f"not ready after {deadline_s:g} s; it last said {self.state.status!r}")
