@@ -105,7 +105,7 @@ def test_zsh_reads_the_file(completions: pathlib.Path, program: str) -> None:
 def test_zsh_has_the_options_of_each_command(completions: pathlib.Path, program: str) -> None:
     text = (completions / "zsh" / f"_{program}").read_text()
     blocks = dict(
-        re.findall(r"^            \((\w+)\)\n((?:.+\n)+?)(?=^            \(|^        esac)", text, re.MULTILINE)
+        re.findall(r"^            \(([\w-]+)\)\n((?:.+\n)+?)(?=^            \(|^        esac)", text, re.MULTILINE)
     )
     for name, parser in commands_of(PARSERS[program]).items():
         block = blocks[name] if name else text
