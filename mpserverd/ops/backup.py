@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import time
@@ -156,6 +157,7 @@ class _Copy:
 
     def __init__(self, spool: Path, target: Path, catalog: Path, before: dict[int, StreamSnapshot]) -> None:
         self._spool, self._target, self._catalog, self._before = spool, target, catalog, before
+        self._sums: dict[Path, str] = {}
         self.count = Count()
 
     def _streams(self) -> list[StreamSnapshot]:
@@ -233,17 +235,32 @@ class _Copy:
         sync_directory(target)
 
     def _is_kept(self, stream: StreamSnapshot, segment: Segment) -> bool:
-        """Sealed, and the earlier copy has the same bytes by name, epoch, end and checksum."""
+        """Sealed, and the earlier copy has the same bytes by epoch, size and checksum.
+
+        One that had no checksum yet when it was copied is read and held against the one that it has now.
+        """
         old = self._before.get(stream.row.id)
-        if old is None or segment.state != "sealed" or segment.sha256 is None or segment not in old.segments:
+        if old is None or segment.state != "sealed" or segment.sha256 is None:
+            return False
+        same = next((one for one in old.segments if (one.first, one.end) == (segment.first, segment.end)), None)
+        if same is None or same.state != "sealed" or same.sha256 not in (None, segment.sha256):
             return False
         if (old.row.epoch, old.row.directory) != (stream.row.epoch, stream.row.directory):
             return False
         file = self._target / STREAMS_DIRECTORY / stream.row.directory / segment.file_name
         try:
-            return file.stat().st_size == _length(stream, segment)
+            if file.stat().st_size != _length(stream, segment):
+                return False
+            return same.sha256 is not None or self._sum(file) == segment.sha256
         except FileNotFoundError:
             return False
+
+    def _sum(self, file: Path) -> str:
+        """Of a file of the earlier copy; asked for twice, for the space and for the copy."""
+        if file not in self._sums:
+            with file.open("rb") as opened:
+                self._sums[file] = hashlib.file_digest(opened, "sha256").hexdigest()
+        return self._sums[file]
 
     def remove_strangers(self) -> None:
         """What the catalog that now counts does not speak of: retired segments, deleted streams, torn copies."""

@@ -18,7 +18,6 @@ from pathlib import Path
 from mpserverd.ops.findings import Finding, fault, note, ok, warning
 from mpserverd.ops.site import Site
 from mpserverd.storer import filesystem
-from mpserverd.streams.catalog_file import CATALOG_FILE
 
 PROBE_BYTES = 16 << 20
 PROBE_BLOCK_BYTES = 1 << 20
@@ -107,7 +106,7 @@ def file_system(site: Site) -> Iterator[Finding]:
     if os.statvfs(directory).f_flag & os.ST_RDONLY:
         yield fault(f"{directory}: mounted read-only", f"findmnt -T {directory}; mount -o remount,rw ...")
         return
-    found = _probe_file_system(directory)
+    found = filesystem.probe(str(directory))
     number = int(found.name, 16) if found.name.startswith("0x") else 0
     name = _MEMORY_FILE_SYSTEMS.get(number) or _OTHER_FILE_SYSTEMS.get(number) or found.name
     where = f"{directory}: {name}"
@@ -119,12 +118,6 @@ def file_system(site: Site) -> Iterator[Finding]:
         yield warning(f"{where}: no O_DIRECT, so writes are buffered: about 33 ns more a packet than 2.5", _MOVE)
     else:
         yield ok(f"{where}, written past the page cache (O_DIRECT), synced by {found.whole_sync.value}")
-
-
-def _probe_file_system(directory: Path) -> filesystem.FileSystem:
-    """Asks about the catalog, or the directory itself where there is none."""
-    catalog = directory / CATALOG_FILE
-    return filesystem.probe(str(catalog if catalog.exists() else directory))
 
 
 # -- speed
@@ -160,7 +153,7 @@ def measure(directory: Path) -> tuple[float, float, bool]:
     descriptor, path = tempfile.mkstemp(prefix=PROBE_PREFIX, dir=directory)
     os.close(descriptor)
     try:
-        descriptor, direct = _open_direct(path)
+        descriptor, direct = _open_direct(path, wanted=filesystem.probe(str(directory)).direct)
         try:
             return (*_measure(descriptor), direct)
         finally:
@@ -169,8 +162,8 @@ def measure(directory: Path) -> tuple[float, float, bool]:
         os.unlink(path)
 
 
-def _open_direct(path: str) -> tuple[int, bool]:
-    if filesystem.probe(path).direct:
+def _open_direct(path: str, *, wanted: bool) -> tuple[int, bool]:
+    if wanted:
         with contextlib.suppress(OSError):
             return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC), True
     return os.open(path, os.O_WRONLY | os.O_CLOEXEC), False
