@@ -4,10 +4,12 @@
 #
 #   packaging/build_deb.sh [VERSION]    VERSION instead of the one in debian/changelog, for tests of an upgrade
 #
-# DEB_BUILD_OPTIONS=nocheck leaves out the unit tests. Missing build dependencies are installed as root, else named.
+# Tests are the job of `make test`. DEB_BUILD_OPTIONS= (empty) runs the unit tests in the build too, as Debian's builders
+# do. Missing build dependencies are installed as root, else named.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 version=${1:-}
+export DEB_BUILD_OPTIONS=${DEB_BUILD_OPTIONS-nocheck}
 out=$PWD/build/deb${version:+-$version}
 tree=$out/tree
 log=$out/build.log

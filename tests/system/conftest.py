@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def build(version: str = "") -> dict[str, pathlib.Path]:
-    """Package files by package name. The unit tests are run elsewhere."""
+    """Package files by package name. The unit tests are left out of the build."""
     environment = {**os.environ, "DEB_BUILD_OPTIONS": "nocheck"}
     command = [ROOT / "packaging" / "build_deb.sh", *([version] if version else [])]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
