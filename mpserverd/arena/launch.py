@@ -35,7 +35,7 @@ class Launch:
     storer_doorbell_fd: int
     worker_doorbell_fds: tuple[int, ...]
     lock_fd: int = -1
-    """Held by flock since before the fork: `connections` for workers, `files` for the storer."""
+    """Held by flock since before the fork: *connections* for workers, *files* for the storer; -1 for none."""
 
     @property
     def keep_fds(self) -> tuple[int, ...]:

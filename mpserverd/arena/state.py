@@ -188,9 +188,15 @@ class Head:
     PHASE = LIVE_WORD + 5  # Phase
     ACTIVE_CONNECTIONS = LIVE_WORD + 6
     TOTAL_CONNECTIONS = LIVE_WORD + 7
+    LEFT = LIVE_WORD + 8  # 1: the last supervisor left everything on purpose, which is no crash
+    CRASH_COUNT = LIVE_WORD + 9
+    CRASHES = LIVE_WORD + 10  # monotonic ns of the last CRASHES_KEPT takeovers after a crash, a ring
     # storer: totals of streams that are no longer in the table; odd while they change
     GONE_VERSION = LIVE_WORD + 16
     GONE = LIVE_WORD + 17
+
+
+CRASHES_KEPT = 5
 
 
 class Phase(enum.IntEnum):

@@ -6,11 +6,13 @@ listener gets a new id, and live connections go on under the old one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import ipaddress
 import logging
 import socket
 import time
+from collections.abc import Callable
 
 from mpserverd import log
 from mpserverd.arena.state import RefuseReason
@@ -31,6 +33,7 @@ from mpserverd.supervisor.connections import Connections
 from mpserverd.supervisor.core import Core
 from mpserverd.supervisor.loop import READ
 from mpserverd.supervisor.naming import normal_address, peer_text
+from mpserverd.supervisor.takeover import is_untouched
 
 logger = logging.getLogger(__name__)
 
@@ -58,18 +61,31 @@ class Accepting:
         self._connections = connections
         self._open: dict[str, Listener] = {}
         self._refusals: dict[tuple[str, RefuseReason], log.RateLimiter] = {}
-        self._next_id = 1
+        self.next_id = 1
         self._serving = False
+        self.on_change: Callable[[], None] = _nothing
+        """Called when listeners or their settings are others than before."""
+        self._stored: dict[str, socket.socket] = {}
 
     def listeners(self) -> list[Listener]:
         return list(self._open.values())
 
     # -- opening and closing
 
-    def open_all(self, config: Config) -> None:
-        """At the start. Raises StartError."""
+    def open_all(self, config: Config, stored: dict[str, socket.socket] | None = None) -> None:
+        """At the start. Raises StartError.
+
+        ``stored`` are sockets of an earlier supervisor by name, bound and listening; whichever has the address of a
+        listener is used, and taken out.
+        """
+        self._stored = stored if stored is not None else {}
         for listener in config.listeners:
             self._add(listener, config)
+        self.on_change()
+
+    def fds(self) -> dict[str, int]:
+        """Descriptors of the open ones, by name."""
+        return {name: listener.sock.fileno() for name, listener in self._open.items()}
 
     def serve(self) -> None:
         """Begin to accept; until now the kernel queued."""
@@ -108,11 +124,31 @@ class Accepting:
             elif settings != old[name]:
                 self._update(self._open[name], settings)
                 changes.append(f"listener {name} changed")
+        self.on_change()
         return changes
 
     def _add(self, settings: ListenerConfig, config: Config) -> None:
-        sock = open_listener(settings, config.server.backlog, only_v6=_only_v6(settings, config))
-        self._install(settings, sock, None)
+        sock = self._try_stored(settings)
+        if sock is not None:
+            sock.listen(config.server.backlog)
+            sock.setblocking(False)
+        else:
+            sock = open_listener(settings, config.server.backlog, only_v6=_only_v6(settings, config))
+        self._install(settings, sock, self._known(settings))
+
+    def _try_stored(self, settings: ListenerConfig) -> socket.socket | None:
+        """One that is bound to the address of the listener, of the same name if there is one."""
+        for name in sorted(self._stored, key=lambda name: name != settings.name):
+            host, port = self._stored[name].getsockname()[:2]
+            same_host = ipaddress.ip_address(host) == ipaddress.ip_address(settings.host)
+            if same_host and (port == settings.port or (settings.port == 0 and name == settings.name)):
+                return self._stored.pop(name)
+        return None
+
+    def _known(self, settings: ListenerConfig) -> ListenerConfig | None:
+        """What an earlier supervisor knew under that name, the latest."""
+        same = [known for _, known in sorted(self._core.listeners.items()) if known.name == settings.name]
+        return same[-1] if same else None
 
     def _install(self, settings: ListenerConfig, sock: socket.socket, before: ListenerConfig | None) -> Listener:
         same = [number for number, known in self._core.listeners.items() if before is not None and known == before]
@@ -131,8 +167,8 @@ class Accepting:
         listener.filter = _filter(settings)
 
     def _new_id(self) -> int:
-        self._next_id += 1
-        return self._next_id - 1
+        self.next_id += 1
+        return self.next_id - 1
 
     def _close(self, listener: Listener) -> None:
         self._core.loop.unwatch(listener.sock.fileno())
@@ -146,6 +182,7 @@ class Accepting:
                     pass
             self._close(listener)
         self._open.clear()
+        self.on_change()
 
     def close_all(self) -> None:
         """At once, when the start failed."""
@@ -210,6 +247,21 @@ class Accepting:
             return
         connections.take(sock.detach(), cookie, address, port, listener.id)
 
+    def take_stray(self, fd: int) -> bool:
+        """A connection that was carried and has no row: it was accepted a moment before the supervisor died, or it is
+        over. ``fd`` is ours from now on; True when it goes on."""
+        sock = socket.socket(fileno=fd)
+        if is_untouched(sock):
+            local = sock.getsockname()[:2]
+            for listener in self._open.values():
+                if listener.sock.getsockname()[1] == local[1]:
+                    self._admit(listener, sock, *sock.getpeername()[:2])
+                    return True
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+        sock.close()
+        return False
+
     def _refused(self, listener: Listener, reason: RefuseReason, peer: str) -> None:
         self._core.count_refusal(reason)
         limiter = self._refusals.setdefault(
@@ -228,6 +280,10 @@ class Accepting:
             peer=peer or None,
             suppressed=suppressed,
         )
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
 
 
 def _filter(settings: ListenerConfig) -> AddressFilter:

@@ -199,7 +199,7 @@ class Children:
             supervisor_doorbell_fd=core.bells.supervisor,
             storer_doorbell_fd=core.bells.storer,
             worker_doorbell_fds=core.bells.workers,
-            lock_fd=core.spool_lock_fd if child.role is Role.STORER else -1,
+            lock_fd=core.spool_lock_fd if child.role is Role.STORER else core.connections_lock_fd,
         )
 
     def _prepare_slot(self, child: Child) -> None:

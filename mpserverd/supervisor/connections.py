@@ -7,12 +7,15 @@ its bytes. A connection of a dead worker is given away only from ``orphan``, whi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
 import select
+import socket
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,7 +38,8 @@ from mpserverd.net.allowlist import Address, AddressTable
 from mpserverd.net.channel import Kind, Message
 from mpserverd.supervisor.children import Child, Children
 from mpserverd.supervisor.core import Core
-from mpserverd.supervisor.naming import peer_stream_name, peer_text, split_address
+from mpserverd.supervisor.lost import finish_without_socket
+from mpserverd.supervisor.naming import join_address, peer_stream_name, peer_text, split_address
 from mpserverd.supervisor.placement import Load, choose
 from mpserverd.supervisor.stream_rows import StreamRows
 
@@ -71,6 +75,14 @@ class Connection:
         return peer_text(self.address, self.port)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class TakenUp:
+    """How many connections go on, and how many had a row and no descriptor."""
+
+    count: int
+    lost_count: int
+
+
 class Connections:
     """The connection table. The caller has admitted whatever comes in."""
 
@@ -87,6 +99,10 @@ class Connections:
         self._homeless: dict[int, Connection] = {}
         self._newcomers: Counter[int] = Counter()
         self._last_index = -1
+        self._lost: dict[int, Connection] = {}
+        self.carry: Callable[[int, int], None] = _nothing
+        """Called with cookie and descriptor of a newcomer that has its row."""
+        self.on_gone: Callable[[], None] = _nothing
         self.by_listener: Counter[str] = Counter()
         self.by_address: Counter[tuple[str, Address]] = Counter()
 
@@ -97,6 +113,10 @@ class Connections:
 
     def all(self) -> list[Connection]:
         return list(self._by_row.values())
+
+    def dups(self) -> list[tuple[int, int]]:
+        """Cookie and descriptor of every connection that lives."""
+        return [(connection.cookie, connection.fd) for connection in self._by_row.values() if connection.fd >= 0]
 
     def get(self, row: int) -> Connection | None:
         return self._by_row.get(row)
@@ -127,19 +147,23 @@ class Connections:
         """A connection that was admitted; ``fd`` is ours from now on. There is a free row, the caller looked."""
         row = self._free_rows.pop()
         connection = Connection(row, fd, cookie, address, port, listener, time.time_ns(), time.monotonic_ns())
-        client = self._clients.find(address)
-        if client is not None:
-            connection.client_index, connection.client = client
-        self._by_row[row] = connection
-        name = self.listener_of(connection).name
-        self.by_listener[name] += 1
-        self.by_address[name, address] += 1
+        self._enter(connection)
         self._write_row(connection)
+        self.carry(cookie, fd)
         self._core.count("accepted")
         words = self._core.state.words
         words[Head.ACTIVE_CONNECTIONS] = len(self._by_row)
         words[Head.TOTAL_CONNECTIONS] += 1
         self._find_stream(connection)
+
+    def _enter(self, connection: Connection) -> None:
+        client = self._clients.find(connection.address)
+        if client is not None:
+            connection.client_index, connection.client = client
+        self._by_row[connection.row] = connection
+        name = self.listener_of(connection).name
+        self.by_listener[name] += 1
+        self.by_address[name, connection.address] += 1
 
     def _write_row(self, connection: Connection) -> None:
         words = self._core.state.connections[connection.row]
@@ -155,6 +179,81 @@ class Connections:
     def _set_state(self, connection: Connection, state: ConnectionState) -> None:
         table = self._core.state
         table.words[table.connection_base(connection.row) + Con.STATE] = state
+
+    # -- after another supervisor
+
+    def take_up(self, fds: dict[int, int]) -> TakenUp:
+        """Go on with every row that an earlier supervisor left; no worker lives. ``fds`` are dups by cookie; what is
+        left of them belongs to no row.
+
+        A row without a descriptor has lost its client; what came from it is kept, whole packets of it.
+        """
+        self.streams.take_up()
+        table = self._core.state.connections
+        taken = np.flatnonzero(table[:, Con.STATE] != ConnectionState.FREE).tolist()
+        self._free_rows = [row for row in self._free_rows if row not in set(taken)]
+        found = [self._from_row(row, fds) for row in taken]
+        for connection in found:
+            self._enter(connection)
+        # those who have a stream first: newcomers may then find one that nobody has
+        for connection in sorted(found, key=lambda each: self._state_of(each) is ConnectionState.ACCEPTED):
+            self._go_on(connection)
+        for row in self.streams.unused():
+            self.streams.drain(row)
+        self._core.ring_storer()
+        self._core.set_head(Head.ACTIVE_CONNECTIONS, len(self._by_row))
+        lost_count = len(self._lost)
+        self.finish_lost()
+        return TakenUp(len(self._by_row) - len(self._lost), lost_count)
+
+    def _go_on(self, connection: Connection) -> None:
+        state = self._state_of(connection)
+        if state is ConnectionState.ACCEPTED:
+            if connection.fd < 0:
+                self._drop(connection, "its descriptor did not come back")
+            else:
+                self._find_stream(connection)
+        elif not self._has_its_stream(connection):
+            self._drop(connection, "its stream is gone")
+        elif state is ConnectionState.ENDED:
+            self._finish(connection)
+        elif connection.fd < 0:
+            self._lost[connection.row] = connection
+        else:
+            if state is ConnectionState.ASSIGNED:
+                self._core.state.connections[connection.row, Con.ADOPTIONS] += np.uint64(1)
+            self._homeless[connection.row] = connection
+
+    def _from_row(self, row: int, fds: dict[int, int]) -> Connection:
+        words = self._core.state.connections[row].tolist()
+        listener = words[Con.LISTENER]
+        return Connection(
+            row,
+            fds.pop(words[Con.COOKIE], -1),
+            words[Con.COOKIE],
+            join_address(words[Con.PEER_HIGH], words[Con.PEER_LOW]),
+            words[Con.PEER_PORT],
+            listener if listener in self._core.listeners else next(iter(self._core.listeners)),
+            words[Con.ACCEPTED_UNIX_NS],
+            words[Con.ACCEPTED_MONO_NS],
+        )
+
+    def _has_its_stream(self, connection: Connection) -> bool:
+        words = self._core.state.connections[connection.row]
+        stream = int(words[Con.STREAM])
+        source = self._core.state.streams[stream]
+        if source[Str.NUMBER] != words[Con.STREAM_NUMBER] or source[Str.STATE] != StreamState.OPEN:
+            return False
+        connection.stream = stream
+        self.streams.use(stream, connection.row)
+        return True
+
+    def finish_lost(self) -> None:
+        """Once a second too: a hole may have to be committed first."""
+        for row, connection in list(self._lost.items()):
+            if finish_without_socket(self._core.state, self._core.arena, row):
+                del self._lost[row]
+                self._finish(connection)
 
     # -- finding a stream
 
@@ -432,12 +531,15 @@ class Connections:
         log.event(logger, logging.WARNING, "connection dropped", peer=connection.peer, why=why)
         if connection.stream is not None:
             self.streams.abandon(connection.stream)
+        if connection.fd >= 0:
+            _shut_down(connection.fd)
         self._forget(connection)
 
     def _forget(self, connection: Connection) -> None:
         """The last close, unless the worker is just before its own. No epoll of ours ever knew the descriptor."""
         self._set_state(connection, ConnectionState.FREE)
-        os.close(connection.fd)
+        if connection.fd >= 0:
+            os.close(connection.fd)
         name = self.listener_of(connection).name
         _decrease(self.by_listener, name)
         _decrease(self.by_address, (name, connection.address))
@@ -446,11 +548,15 @@ class Connections:
         del self._by_row[connection.row]
         self._free_rows.append(connection.row)
         self._core.set_head(Head.ACTIVE_CONNECTIONS, len(self._by_row))
+        self.on_gone()
 
-    def close_all(self) -> None:
-        """At the very end of the process, when all workers are dead: what is left is closed as it is."""
+    def close_all(self, *, for_good: bool) -> None:
+        """At the very end of the process, when all workers are dead. Unless it is ``for_good``, others hold dups."""
         for connection in self.all():
-            os.close(connection.fd)
+            if connection.fd >= 0:
+                if for_good:
+                    _shut_down(connection.fd)
+                os.close(connection.fd)
         self._by_row.clear()
 
 
@@ -468,6 +574,16 @@ def _is_ending(fd: int) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLRDHUP)
     return bool(poll.poll(0))
+
+
+def _shut_down(fd: int) -> None:
+    """A close says nothing to the peer while a carrier holds a dup."""
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as sock:
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def _nothing(*_: object) -> None:
+    """Nobody wants to know."""
 
 
 def _decrease(counter: Counter[Any], key: Any) -> None:

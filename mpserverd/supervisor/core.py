@@ -73,6 +73,9 @@ class Core:
     listeners: dict[int, ListenerConfig] = dataclasses.field(default_factory=dict)
     stopping: bool = False
     spool_lock_fd: int = -1
+    connections_lock_fd: int = -1
+    may_store: bool = True
+    """False while an earlier supervisor's storer, which hangs in the kernel, has the lock on the spool."""
 
     def note(
         self,
@@ -104,7 +107,13 @@ class Core:
     def close(self) -> None:
         """Only after the last child is dead."""
         self.bells.close()
-        for fd in (self.state.fd, self.arena.table.fd, self.arena.data_fd, self.spool_lock_fd):
+        for fd in (
+            self.state.fd,
+            self.arena.table.fd,
+            self.arena.data_fd,
+            self.spool_lock_fd,
+            self.connections_lock_fd,
+        ):
             if fd >= 0:
                 os.close(fd)
         self.loop.close()

@@ -77,6 +77,7 @@ class Reload:
             self._refused(error)
             raise
         changed += self._take_over(config)
+        self._accepting.on_change()
         for key in kept:
             log.event(
                 logger, logging.WARNING, "needs a restart", message_id=log.MessageId.SETTING_NEEDS_RESTART, key=key

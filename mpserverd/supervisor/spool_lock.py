@@ -19,15 +19,37 @@ _RETRY_S = 0.02
 _DIRECTORY_MODE = 0o750
 
 
+def open_spool(path: str) -> int:
+    """A descriptor for the lock, or -1 where the directory cannot be opened: the storer will say why.
+
+    Makes the directory if it is not there.
+    """
+    try:
+        _make(path)
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return -1
+
+
+def is_locked_now(fd: int) -> bool:
+    """Try once. True also where there is nothing to lock."""
+    try:
+        if fd >= 0:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
 def try_lock_spool(path: str) -> int:
     """A descriptor that holds the lock, or -1 where the directory cannot be opened: the storer will say why.
 
     Makes the directory if it is not there. Raises StartError when another daemon has it.
     """
-    try:
-        _make(path)
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
+    fd = open_spool(path)
+    if fd < 0:
         return -1
     deadline_s = time.monotonic() + WAIT_S
     while True:

@@ -147,7 +147,7 @@ class Stop:
         if storer is None:
             if not at_risk_bytes(self._core.state):
                 self.phase = StopPhase.OVER
-            else:  # it left or died before everything was durable
+            elif self._core.may_store:  # it left or died before everything was durable
                 self._children.fork(self._children.add_storer())
         elif storer.state is ChildState.RUNNING and storer.wanted:
             self._children.tell_to_stop(storer, Kind.DRAIN)

@@ -45,6 +45,24 @@ class StreamRows:
         """The connection row that has the stream, or waits for it to open."""
         return self._user.get(row)
 
+    # -- after another supervisor
+
+    def take_up(self) -> None:
+        """Learn from the table what an earlier supervisor did; nobody writes to it now. Users are told by ``use``."""
+        for row in np.flatnonzero(self._state.streams[:, Str.STATE] != StreamState.FREE).tolist():
+            state = self.state_of(row)
+            if int(self._state.streams[row, Str.FLAGS]) & StreamFlag.NAMED:
+                self._named[self._state.stream_name(row)] = row
+            if state is StreamState.OPENING:
+                self._opening.add(row)
+            elif state is StreamState.DRAINING:
+                self._draining.add(row)
+
+    def unused(self) -> list[int]:
+        """Rows that are OPEN and that no connection has."""
+        rows = np.flatnonzero(self._state.streams[:, Str.STATE] == StreamState.OPEN).tolist()
+        return [row for row in rows if row not in self._user]
+
     # -- taking
 
     def open_fresh(self, name: str, listener: int, packet_size: int, flags: StreamFlag) -> int | None:

@@ -1,0 +1,216 @@
+"""Keeps everything that must outlive the supervisor in systemd's descriptor store, while it runs.
+
+Names in the store: ``state``, ``chunks``, ``arena``, ``facts``, ``listener-<name>``, and the two ends of a carrier,
+``carrier-<n>-in`` and ``carrier-<n>-out``.
+
+Rules: a connection gets its row, then goes into the carrier, then to a worker. Carriers fill up with connections that
+have ended, so a fresh one is packed now and then; until the store has it (a barrier comes back) newcomers go into both,
+and only then is the old one removed. Outside systemd all of this does nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable
+
+from mpserverd import log
+from mpserverd.supervisor.carrier import Carrier, CarrierFullError
+from mpserverd.supervisor.core import Core
+from mpserverd.supervisor.fd_store import FdStore
+from mpserverd.supervisor.loop import READ
+
+logger = logging.getLogger(__name__)
+
+ENDED_MAX = 1000
+"""So many ended connections may lie in a carrier before it is packed anew ..."""
+ENDED_AGE_TICKS = 60
+"""... or any at all for so many seconds: each holds a socket in the kernel."""
+FLUSH_AGAIN_S = 0.01
+MEMORY_NAMES = ("state", "chunks", "arena", "facts")
+LISTENER_PREFIX = "listener-"
+
+Live = Callable[[], Iterable[tuple[int, int]]]
+
+
+def carrier_names(number: int) -> tuple[str, str]:
+    return f"carrier-{number}-in", f"carrier-{number}-out"
+
+
+def carrier_number(name: str) -> int | None:
+    """The number in a carrier's name; None for other names."""
+    kind, _, rest = name.partition("-")
+    number, _, end = rest.partition("-")
+    return int(number) if kind == "carrier" and number.isdecimal() and end in ("in", "out") else None
+
+
+class Keeping:
+    """``live`` gives (cookie, descriptor) of every connection that the supervisor holds."""
+
+    def __init__(self, core: Core, store: FdStore, live: Live) -> None:
+        self._core = core
+        self._store = store
+        self._live = live
+        self._carriers: list[tuple[int, Carrier]] = []
+        """The one in use last; before it the one that is being replaced."""
+        self._next_number = 1
+        self._ended_count = 0
+        self._ticks = 0
+        self._barrier = -1
+        self._short = False
+        self._flushing = False
+        self._listeners: dict[str, int] = {}
+        """Inode of the socket that is stored for each listener."""
+        self._memory_kept = False
+
+    @property
+    def present(self) -> bool:
+        """Whether anything outlives this process."""
+        return self._store.present
+
+    # -- memory and listeners
+
+    def keep_memory(self, fds: dict[str, int]) -> None:
+        for name, fd in fds.items():
+            self._store.push(name, [fd])
+        self._memory_kept = True
+        self._flush()
+
+    def keep_listeners(self, fds: dict[str, int]) -> None:
+        """These are the open ones now, by name; others are dropped from the store."""
+        if not self.present:
+            return
+        inodes = {name: os.fstat(fd).st_ino for name, fd in fds.items()}
+        for name in [name for name, inode in self._listeners.items() if inodes.get(name) != inode]:
+            self._store.remove(LISTENER_PREFIX + name)
+        for name, fd in fds.items():
+            if self._listeners.get(name) != inodes[name]:
+                self._store.push(LISTENER_PREFIX + name, [fd])
+        self._listeners = inodes
+        self._flush()
+
+    def drop_listeners(self, names: list[str]) -> None:
+        """Those of an earlier supervisor that nobody has taken."""
+        for name in names:
+            self._store.remove(LISTENER_PREFIX + name)
+
+    # -- connections
+
+    def take_up(self, number: int, carrier: Carrier) -> None:
+        """Go on with a carrier that is in the store and holds every connection."""
+        self._carriers = [(number, carrier)]
+        self._next_number = number + 1
+
+    def begin(self) -> None:
+        """Make the first carrier, or pack what was taken up."""
+        if self.present:
+            self.pack()
+
+    def carry(self, cookie: int, fd: int) -> None:
+        """A newcomer, whose row is written; a worker gets it after this."""
+        if not self._carriers:
+            return
+        carried = [self._try_put(carrier, cookie, fd) for _, carrier in self._carriers]
+        if not any(carried):
+            self._say_short()
+        if self._carriers[-1][1].wants_packing:
+            self.pack()
+
+    def _try_put(self, carrier: Carrier, cookie: int, fd: int) -> bool:
+        try:
+            carrier.put([(cookie, fd)])
+        except CarrierFullError:
+            return False
+        return True
+
+    def _say_short(self) -> None:
+        if not self._short:
+            self._short = True
+            log.event(
+                logger,
+                logging.WARNING,
+                "connections without a carrier",
+                what="the kernel takes no more descriptors in flight; raise LimitNOFILE",
+                then="they are lost if the supervisor dies",
+            )
+
+    def ended(self) -> None:
+        """A connection is gone, and lies in a carrier still."""
+        self._ended_count += 1
+
+    def tick(self) -> None:
+        """Once a second."""
+        self._ticks += 1
+        if self._ended_count >= ENDED_MAX or (self._ended_count and self._ticks >= ENDED_AGE_TICKS):
+            self.pack()
+
+    def pack(self) -> None:
+        """Fill a fresh carrier with who lives, store it, and drop the old one when the store has it."""
+        if not self.present or self._barrier >= 0:
+            return
+        fresh = Carrier.make()
+        try:
+            fresh.fill(self._live())
+        except CarrierFullError:
+            self._say_short()
+            if self._carriers:  # the old one holds more than a part of them
+                fresh.close()
+                return
+        number, self._next_number = self._next_number, self._next_number + 1
+        self._carriers.append((number, fresh))
+        self._ended_count = self._ticks = 0
+        for name, end in zip(carrier_names(number), fresh.ends, strict=True):
+            self._store.push(name, [end])
+        barrier = self._store.barrier()
+        self._flush()
+        if barrier is not None:
+            self._barrier = barrier
+            self._core.loop.watch(barrier, READ, lambda _: self._stored())
+
+    def _stored(self) -> None:
+        """The barrier came back: the store has the last carrier."""
+        self._drop_barrier()
+        for number, old in self._carriers[:-1]:
+            for name in carrier_names(number):
+                self._store.remove(name)
+            old.close()
+        self._carriers = self._carriers[-1:]
+        self._short = False
+        self._flush()
+
+    def _drop_barrier(self) -> None:
+        if self._barrier >= 0:
+            self._core.loop.unwatch(self._barrier)
+            os.close(self._barrier)
+            self._barrier = -1
+
+    # -- leaving
+
+    def forget_all(self) -> None:
+        """The daemon stops for good: nothing is to wait for a successor."""
+        self.keep_listeners({})
+        if self._memory_kept:
+            for name in MEMORY_NAMES:
+                self._store.remove(name)
+            self._memory_kept = False
+        for number, _ in self._carriers:
+            for name in carrier_names(number):
+                self._store.remove(name)
+        self._flush()
+
+    def close(self) -> None:
+        self._drop_barrier()
+        for _, carrier in self._carriers:
+            carrier.close()
+        self._carriers = []
+        self._store.close()
+
+    def _flush(self) -> None:
+        self._store.flush()
+        if self._store.waiting_count and not self._flushing:
+            self._flushing = True
+            self._core.loop.after(FLUSH_AGAIN_S, self._flush_again)
+
+    def _flush_again(self) -> None:
+        self._flushing = False
+        self._flush()

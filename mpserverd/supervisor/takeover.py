@@ -1,0 +1,244 @@
+"""What an earlier supervisor left in systemd's store: looked through at the start, then taken up or thrown away.
+
+Rules: memory is used only when every part is there and has a layout that this version knows; otherwise all of it is
+dropped, and what is lost with it is said. Five crashes within a minute mean that the memory itself may be the cause: it
+is dropped too. Listeners hold nothing and are kept in any case, so no client is refused.
+
+Nothing here decides what becomes of a connection; see ``Connections.take_up``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import select
+import socket
+import stat
+import time
+
+from mpserverd import log
+from mpserverd.arena.chunks import LEASED, Arena
+from mpserverd.arena.state import CRASHES_KEPT, Con, ConnectionState, Head, Slot, StateTable
+from mpserverd.errors import LayoutError, MpserverdError
+from mpserverd.net import tcp_info
+from mpserverd.supervisor.carrier import Carrier
+from mpserverd.supervisor.core import SLOTS
+from mpserverd.supervisor.fd_store import FdStore, claim
+from mpserverd.supervisor.keeping import LISTENER_PREFIX, MEMORY_NAMES, carrier_names, carrier_number
+from mpserverd.supervisor.remembered import Remembered
+
+logger = logging.getLogger(__name__)
+
+CRASH_WINDOW_S = 60.0
+BARRIER_S = 5.0
+"""systemd answers within milliseconds."""
+CRASHES_MAX_VARIABLE = "MPSERVERD_CRASHES_MAX"
+"""0 switches the safe start off, for tests that kill the supervisor many times a minute."""
+_FREE = 0
+
+
+class TooManyCrashesError(MpserverdError):
+    """The last supervisors died in quick succession."""
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Memory:
+    """The shared tables of an earlier life."""
+
+    state: StateTable
+    arena: Arena
+    facts: Remembered
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Inheritance:
+    """Everything that waited. ``memory`` is None at a first start, or when it was thrown away.
+
+    Of ``carriers`` the newest comes first; their ends are owned here until they are handed to Keeping.
+    """
+
+    memory: Memory | None = None
+    listeners: dict[str, socket.socket] = dataclasses.field(default_factory=dict)
+    carriers: list[tuple[int, Carrier]] = dataclasses.field(default_factory=list)
+
+    def close_listeners(self) -> list[str]:
+        """Close those that nobody took. Returns their names."""
+        names = list(self.listeners)
+        for sock in self.listeners.values():
+            sock.close()
+        self.listeners.clear()
+        return names
+
+
+def look_through(fds: dict[str, list[int]], store: FdStore, now_ns: int) -> Inheritance:
+    """Sort what systemd handed over; unknown names are a socket unit's and left alone."""
+    found = Inheritance()
+    memory: dict[str, int] = {}
+    ends: dict[int, dict[str, int]] = {}
+    ours = set()
+    for name, several in fds.items():
+        number = carrier_number(name)
+        if number is not None:
+            ends.setdefault(number, {})[name] = several[0]
+        elif name in MEMORY_NAMES and stat.S_ISREG(os.fstat(several[0]).st_mode):
+            memory[name] = several[0]
+        elif name.startswith(LISTENER_PREFIX):
+            found.listeners[name.removeprefix(LISTENER_PREFIX)] = socket.socket(fileno=several[0])
+        else:
+            continue
+        ours.add(name)
+        for extra in several[1:]:
+            os.close(extra)
+    claim(ours)
+    for number in sorted(ends, reverse=True):
+        if len(ends[number]) == len(carrier_names(number)):
+            found.carriers.append((number, Carrier.from_store(ends[number][name] for name in carrier_names(number))))
+        else:  # the last supervisor died between its two pushes; the older carrier holds everything
+            for name, fd in ends[number].items():
+                os.close(fd)
+                store.remove(name)
+    if memory or found.carriers:
+        _open_memory(found, memory, store, now_ns)
+    return found
+
+
+def _open_memory(found: Inheritance, fds: dict[str, int], store: FdStore, now_ns: int) -> None:
+    try:
+        found.memory = _memory(fds)
+        _judge_crashes(found.memory.state, now_ns)
+    except (LayoutError, TooManyCrashesError) as error:
+        log.event(
+            logger,
+            logging.ERROR,
+            "stored sockets and state discarded",
+            message_id=log.MessageId.SAFE_START,
+            why=str(error),
+            lost=_what_is_lost(found.memory),
+        )
+        _discard(found, fds, store)
+
+
+def _memory(fds: dict[str, int]) -> Memory:
+    missing = [name for name in MEMORY_NAMES if name not in fds]
+    if missing:
+        raise LayoutError(f"{', '.join(missing)} did not come back from the descriptor store")
+    state = StateTable(fds["state"])
+    if state.slot_count != SLOTS:
+        raise LayoutError(f"state table: {state.slot_count} slots, this version has {SLOTS}")
+    return Memory(state, Arena(fds["chunks"], fds["arena"]), Remembered(fds["facts"]))
+
+
+def _judge_crashes(state: StateTable, now_ns: int) -> None:
+    """Note this crash, if it was one. Raises TooManyCrashesError."""
+    words = state.words
+    if words[Head.LEFT]:
+        words[Head.LEFT] = 0
+        return
+    count = words[Head.CRASH_COUNT]
+    words[Head.CRASHES + count % CRASHES_KEPT] = now_ns
+    words[Head.CRASH_COUNT] = count + 1
+    oldest_ns = words[Head.CRASHES + (count + 1) % CRASHES_KEPT]
+    wanted = os.environ.get(CRASHES_MAX_VARIABLE, "") != "0"
+    if wanted and count + 1 >= CRASHES_KEPT and now_ns - oldest_ns < CRASH_WINDOW_S * 1e9:
+        raise TooManyCrashesError(f"the supervisor crashed {CRASHES_KEPT} times within {CRASH_WINDOW_S:.0f} s")
+
+
+def _what_is_lost(memory: Memory | None) -> str:
+    if memory is None:
+        return "every connection, and what was not durable"
+    from mpserverd.supervisor.totals import read_totals  # noqa: PLC0415  (only for this sentence)
+
+    active = int((memory.state.connections[:, Con.STATE] != ConnectionState.FREE).sum())
+    return f"{active} connections, {read_totals(memory.state).at_risk_bytes} bytes that were not durable"
+
+
+def _discard(found: Inheritance, fds: dict[str, int], store: FdStore) -> None:
+    """Clients see their connections end, and come back."""
+    found.memory = None
+    for _, carrier in found.carriers:
+        for _, fd in carrier.take_all():
+            with contextlib.suppress(OSError), socket.socket(fileno=fd) as sock:
+                sock.shutdown(socket.SHUT_RDWR)  # whoever holds a dup: the client learns of it now
+    for number, carrier in found.carriers:
+        carrier.close()
+        for name in carrier_names(number):
+            store.remove(name)
+    found.carriers.clear()
+    for name, fd in fds.items():
+        os.close(fd)
+        store.remove(name)
+
+
+def free_leases(arena: Arena) -> None:
+    """Every child is dead: what was leased to one is free again."""
+    words = arena.table.words
+    words[(words & 3) == LEASED] = _FREE
+
+
+def clear_slots(state: StateTable) -> None:
+    """Nobody has a slot; what counts up goes on from where it stood."""
+    state.slots[:, [Slot.PID, Slot.STATE, Slot.CONNECTIONS, Slot.WANTS, Slot.DOZING, Slot.RATE_MILLI]] = 0
+    state.slots[:, [Slot.CPU_MILLI, Slot.RSS_BYTES]] = 0
+
+
+class Unloading:
+    """Moves what the old carriers hold into a fresh one that the store has already.
+
+    A descriptor leaves an old carrier only after it is in the fresh one.
+    """
+
+    def __init__(self, store: FdStore, carriers: list[tuple[int, Carrier]]) -> None:
+        self._store = store
+        self._old = carriers
+        self._next_number = max((number for number, _ in carriers), default=0) + 1
+        self.fds: dict[int, int] = {}
+        """Descriptor by cookie, doubles dropped; the caller owns them."""
+
+    def run(self) -> tuple[int, Carrier] | None:
+        """The fresh carrier and its number; None when there was nothing."""
+        if not self._old:
+            return None
+        fresh = self._fresh()
+        for _, old in self._old:
+            for cookie, fd in fresh[1].refill_from(old, lambda cookie: cookie not in self.fds):
+                self.fds[cookie] = fd
+        for number, old in self._old:
+            for name in carrier_names(number):
+                self._store.remove(name)
+            old.close()
+        return fresh
+
+    def _fresh(self) -> tuple[int, Carrier]:
+        number, carrier = self._next_number, Carrier.make()
+        self._next_number += 1
+        for name, end in zip(carrier_names(number), carrier.ends, strict=True):
+            self._store.push(name, [end])
+        await_barrier(self._store)
+        return number, carrier
+
+
+def await_barrier(store: FdStore) -> None:
+    """Block until the store has taken everything; only at the start, when nobody else is to be served."""
+    barrier = store.barrier()
+    if barrier is None:
+        return
+    try:
+        deadline_s = time.monotonic() + BARRIER_S
+        while time.monotonic() < deadline_s:
+            store.flush()
+            if select.select([barrier], [], [], 0.01)[0]:
+                return
+    finally:
+        os.close(barrier)
+    log.event(logger, logging.ERROR, "the descriptor store does not answer", waited_s=BARRIER_S)
+
+
+def is_untouched(sock: socket.socket) -> bool:
+    """Whether a socket without a row is a client from which nothing was read. The callers' workers are dead."""
+    try:
+        sock.getpeername()
+        return tcp_info.consumed(sock).consumed_bytes == 0
+    except OSError:
+        return False
