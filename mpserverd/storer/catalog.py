@@ -39,6 +39,7 @@ _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS total(name TEXT PRIMARY KEY, value INTEGER)",
     "CREATE TABLE IF NOT EXISTS released(number INTEGER PRIMARY KEY)",
     "CREATE INDEX IF NOT EXISTS segment_closed ON segment(closed_unix_ns) WHERE end IS NOT NULL",
+    "CREATE INDEX IF NOT EXISTS stream_resting ON stream(updated_unix_ns) WHERE named = 1 AND connected = 0",
     "CREATE INDEX IF NOT EXISTS segment_unsummed ON segment(closed_unix_ns) WHERE state = 'sealed' AND sha256 IS NULL",
 )
 
@@ -203,6 +204,14 @@ class Catalog:
         """(stream, first) of segments that are written from now on."""
         self._connection.executemany("INSERT OR REPLACE INTO segment VALUES (?, ?, NULL, 'open', NULL, NULL)", segments)
 
+    def close_open_segments(self, streams: Iterable[int], now_unix_ns: int) -> None:
+        """Seal what is open of streams that nobody will continue."""
+        self._connection.executemany(
+            "UPDATE segment SET end = (SELECT durable FROM stream WHERE id = segment.stream), state = 'sealed', "
+            "closed_unix_ns = ? WHERE stream = ? AND end IS NULL",
+            [(now_unix_ns, stream) for stream in streams],
+        )
+
     def close_segments(self, closed: Iterable[tuple[int, str, int, int, int]]) -> None:
         """(end, 'sealed' or 'aside', unix ns, stream, first)."""
         self._connection.executemany(
@@ -253,7 +262,7 @@ class Catalog:
         ).fetchall()
         left = self._connection.execute(
             "SELECT segment.stream, first, durable, state, updated_unix_ns FROM stream JOIN segment ON stream = id "
-            f"WHERE connected = 0 AND end IS NULL {which} ORDER BY updated_unix_ns LIMIT ?",
+            f"WHERE named = 1 AND connected = 0 AND end IS NULL {which} ORDER BY updated_unix_ns LIMIT ?",
             values,
         ).fetchall()
         found = sorted((_segment(row) for row in closed + left), key=lambda s: (s.closed_unix_ns, s.stream, s.first))

@@ -10,20 +10,62 @@ import os
 import sqlite3
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from mpserverd.arena.chunks import FREE
 from mpserverd.arena.state import FIRST_WORKER_SLOT, Check, Head, HoleKind, Slot, Str
+from mpserverd.storer.catalog import Position
 from mpserverd.storer.failures import Failures
 from mpserverd.storer.live import Desk
 from mpserverd.storer.placing import Work
+from mpserverd.storer.plan import Hole
 from mpserverd.storer.sampling import Held, Sample, freeable
 
 _HOLE_WORDS = {HoleKind.DROPPED: "dropped", HoleKind.LOST: "lost"}
 
-I64 = npt.NDArray[np.int64]
+_CHECKS = (Check.GAPS, Check.MISSING, Check.REPEATS, Check.REORDERED)
+_COLUMNS = [
+    Str.DURABLE_HOLES, Str.DROPPED, Str.LOST, Str.ACKED, Str.TRUNCATED, Str.HANDSHAKE, Str.CHECK_SELECT,
+    *(Str.CHECK0 + at for at in _CHECKS), *(Str.CHECK1 + at for at in _CHECKS),
+]  # fmt: skip
+
+
+class Reached(NamedTuple):
+    """Totals of a stream up to ``end``."""
+
+    end: int
+    holes: int
+    dropped: int
+    lost: int
+    truncated: int
+    handshake: int
+    acked: int
+    checks: list[int]
+
+    def position(self, now_unix_ns: int, catalog_id: int) -> Position:
+        """Values for the catalog. What the socket had given is derived: these totals must balance by themselves."""
+        socket_bytes = self.end - self.lost + self.truncated + self.handshake
+        return (
+            now_unix_ns,
+            *self[:6],
+            socket_bytes,
+            self.acked,
+            *self.checks,
+            1,
+            catalog_id,
+        )
+
+
+def _with_holes(added: Sequence[Hole], holes: int, dropped: int, lost: int) -> tuple[int, int, int]:
+    for first, end, kind in added:
+        holes += end - first
+        if kind == HoleKind.LOST:
+            lost += end - first
+        else:
+            dropped += end - first
+    return holes, dropped, lost
 
 
 class Committing:
@@ -34,50 +76,32 @@ class Committing:
         self._failures = failures
 
     def commit(self, works: Sequence[Work], now_unix_ns: int) -> bool:
-        positions, published = self._positions(works, now_unix_ns)
+        reached = self._reached(works)
         try:
-            self._transact(works, positions, now_unix_ns)
+            self._transact(works, reached, now_unix_ns)
         except sqlite3.Error as error:
             self._failures.catalog_failed(error)
             self._failures.put_back(works)
             return False
         self._settle(works)
-        self._publish(works, published)
+        self._publish(works, reached)
         return True
 
-    def _positions(self, works: Sequence[Work], now_unix_ns: int) -> tuple[list[list[int]], I64]:
-        """Values for the catalog, and (end, holes, dropped, lost) a row for the table."""
-        rows = [work.stream.row for work in works]
-        words = self._desk.state.streams[rows].astype(np.int64)
-        end = np.array([work.end for work in works], np.int64)
-        dropped, lost = words[:, Str.DROPPED].copy(), words[:, Str.LOST].copy()
-        holes = words[:, Str.DURABLE_HOLES].copy()
-        for number, work in enumerate(works):
-            for first, hole_end, kind in work.holes:
-                length = hole_end - first
-                holes[number] += length
-                (lost if kind == HoleKind.LOST else dropped)[number] += length
-        truncated, handshake = words[:, Str.TRUNCATED], words[:, Str.HANDSHAKE]
-        record = np.where(words[:, Str.CHECK_SELECT] & 1, Str.CHECK1, Str.CHECK0)
-        each = np.arange(len(works))
-        columns = (
-            np.full(len(works), now_unix_ns, np.int64),
-            end,
-            holes,
-            dropped,
-            lost,
-            truncated,
-            handshake,
-            end - lost + truncated + handshake,  # what the socket had given when this was its last durable byte
-            words[:, Str.ACKED],
-            *(words[each, record + at] for at in (Check.GAPS, Check.MISSING, Check.REPEATS, Check.REORDERED)),
-            np.ones(len(works), np.int64),
-            np.array([work.stream.catalog_id for work in works], np.int64),
-        )
-        positions: list[list[int]] = np.column_stack(columns).tolist()
-        return positions, np.column_stack((end, holes, dropped, lost))
+    def _reached(self, works: Sequence[Work]) -> list[Reached]:
+        """Where each stream stands after this cycle."""
+        streams = self._desk.state.streams
+        words = streams[[work.stream.row for work in works]][:, _COLUMNS].tolist()
+        found = []
+        for work, (holes, dropped, lost, acked, truncated, handshake, select, *checks) in zip(
+            works, words, strict=True
+        ):
+            if work.holes:
+                holes, dropped, lost = _with_holes(work.holes, holes, dropped, lost)  # noqa: PLW2901
+            counts = checks[4:] if select & 1 else checks[:4]
+            found.append(Reached(work.end, holes, dropped, lost, truncated, handshake, acked, counts))
+        return found
 
-    def _transact(self, works: Sequence[Work], positions: list[list[int]], now_unix_ns: int) -> None:
+    def _transact(self, works: Sequence[Work], reached: Sequence[Reached], now_unix_ns: int) -> None:
         catalog = self._desk.catalog
         begun, closed, holes = [], [], []
         for work in works:
@@ -95,7 +119,9 @@ class Committing:
                 catalog.close_segments(closed)
             if holes:
                 catalog.add_holes(holes)
-            catalog.set_positions(positions)
+            catalog.set_positions(
+                [at.position(now_unix_ns, work.stream.catalog_id) for work, at in zip(works, reached, strict=True)]
+            )
 
     def _settle(self, works: Sequence[Work]) -> None:
         """What this process remembers follows what is committed."""
@@ -118,18 +144,19 @@ class Committing:
                 desk.resting_bytes += file.limit - file.first
                 desk.unsummed = True
 
-    def _publish(self, works: Sequence[Work], published: I64) -> None:
+    def _publish(self, works: Sequence[Work], reached: Sequence[Reached]) -> None:
         """STORED before DURABLE, so that stored >= durable at any moment; DURABLE last, because it is the promise."""
-        streams = self._desk.state.streams
-        rows = [work.stream.row for work in works]
-        end, holes, dropped, lost = published.astype(np.uint64).T
-        streams[rows, Str.STORED] = end
-        streams[rows, Str.STORED_HOLES] = holes
-        streams[rows, Str.DROPPED] = dropped
-        streams[rows, Str.LOST] = lost
-        streams[rows, Str.DURABLE_HOLES] = holes
-        streams[rows, Str.DURABLE_MONO_NS] = time.monotonic_ns()
-        streams[rows, Str.DURABLE] = end
+        words, now_ns = self._desk.state.words, time.monotonic_ns()
+        for work, at in zip(works, reached, strict=True):
+            base = work.stream.base
+            words[base + Str.STORED] = at.end
+            if work.holes:
+                words[base + Str.STORED_HOLES] = at.holes
+                words[base + Str.DROPPED] = at.dropped
+                words[base + Str.LOST] = at.lost
+                words[base + Str.DURABLE_HOLES] = at.holes
+            words[base + Str.DURABLE_MONO_NS] = now_ns
+            words[base + Str.DURABLE] = at.end
 
     # -- chunks and bells
 

@@ -96,10 +96,10 @@ class Cycle:
     # -- doing it
 
     def run(self, sample: Sample, ripe: Index, now_s: float) -> int:
-        """Returns how many chunks were freed; -1 when nothing could be committed."""
+        """Returns how many chunks were freed."""
         began_ns = time.monotonic_ns()
         now_unix_ns = time.time_ns()
-        freed = -1
+        freed = 0
         held = sampling.held_chunks(sample, self._desk.arena)
         works = self._begin(self._plan(sample, held, ripe), now_unix_ns)
         if works and self._failures.commit():
@@ -128,6 +128,11 @@ class Cycle:
             found = [hole for hole in found if hole[0] < end]
             works.append(Work(stream, durable[number], end, found, low[number], high[number]))
         return works
+
+    def free_idle(self) -> int:
+        """Without a cycle: what streams let go of goes back. Returns how many chunks."""
+        sample = sampling.sample_streams(self._desk.state)
+        return self._committing.free(sample, sampling.held_chunks(sample, self._desk.arena))
 
     def close(self) -> None:
         self._threads.close()

@@ -9,6 +9,7 @@ The heartbeat is a thread of its own: a disk that hangs makes the storer late, n
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import select
@@ -18,12 +19,10 @@ import threading
 import time
 from typing import NoReturn
 
-import numpy as np
-
 from mpserverd import log
 from mpserverd.arena.chunks import Arena
 from mpserverd.arena.launch import Launch
-from mpserverd.arena.state import FIRST_WORKER_SLOT, Slot, StateTable, Str, StreamState, Wants
+from mpserverd.arena.state import FIRST_WORKER_SLOT, Slot, StateTable, Str, StreamState
 from mpserverd.errors import MpserverdError
 from mpserverd.net.channel import Channel, Kind, Message
 from mpserverd.storer.committing import ring, ring_workers, supervisor_starves
@@ -40,12 +39,16 @@ LOOK_S = 0.1
 """While something waits that is not due: so often it is looked at again."""
 SWITCH_INTERVAL_S = 50e-6
 UMASK = 0o027
+GARBAGE_OBJECTS = 50_000
+"""A cycle makes some objects a stream and leaves none; the collector need not look after each."""
 
 
 def run(launch: Launch) -> NoReturn:
     """Serve until DRAIN or DETACH_ALL is done. Never returns: the caller forked."""
     log.setup(launch.config.log, process=launch.name)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    gc.freeze()  # what the supervisor made is never garbage here
+    gc.set_threshold(GARBAGE_OBJECTS)
     os.umask(UMASK)
     os._exit(Storer(launch).serve())
 
@@ -65,6 +68,7 @@ class Storer:
         self._interval_s = launch.config.spool.commit_interval_s
         self._next_cycle_s = 0.0
         self._next_tick_s = 0.0
+        self._idle = False
         self._draining = False
         self._leaving = False
 
@@ -103,47 +107,49 @@ class Storer:
     def _turn(self, desk: Desk, store: Store) -> None:
         now_s = time.monotonic()
         self._words[self._slot + Slot.PROGRESS_MONO_NS] = time.monotonic_ns()
-        store.open_streams()
-        freed = 0
-        sample = sample_streams(self._state)
-        if sample.pending.any():
-            pressed = store.cycle.pressed()
-            if self._draining or pressed or now_s >= self._next_cycle_s:
-                urgent = self._draining or pressed or self._workers_wait()
-                ripe = store.cycle.ripe(sample, now_s, urgent=urgent)
-                if len(ripe):
-                    self._next_cycle_s = now_s + self._interval_s
-                    freed = store.cycle.run(sample, ripe, now_s)
-                    ring_workers(desk, self._launch.worker_doorbell_fds)
-                else:
-                    self._next_cycle_s = now_s + min(LOOK_S, self._interval_s)
+        opened = store.open_streams()
+        freed = self._store_what_is_due(desk, store, now_s)
         ended = store.see_off()
-        if (freed > 0 or ended) and supervisor_starves(desk):
-            ring(self._launch.supervisor_doorbell_fd)
-        if ended:
-            ring(self._launch.supervisor_doorbell_fd)
         if now_s >= self._next_tick_s:
             self._next_tick_s = now_s + TICK_S
             store.tick(now_s)
+            freed += store.cycle.free_idle()
+        if opened or ended or (freed > 0 and supervisor_starves(desk)):
+            ring(self._launch.supervisor_doorbell_fd)
         if self._draining and not sample_streams(self._state).pending.any():
             self._leaving = store.put_everything_away()
 
+    def _store_what_is_due(self, desk: Desk, store: Store, now_s: float) -> int:
+        """Run a cycle if it is time for one. Returns how many chunks were freed."""
+        sample = sample_streams(self._state)
+        self._idle = not sample.pending.any()
+        due = self._draining or now_s >= self._next_cycle_s
+        if self._idle or not (due or store.cycle.pressed()):
+            return 0
+        ripe = store.cycle.ripe(sample, now_s, urgent=self._draining or self._workers_wait())
+        if not len(ripe):
+            self._next_cycle_s = now_s + min(LOOK_S, self._interval_s)
+            return 0
+        self._next_cycle_s = now_s + self._interval_s
+        freed = store.cycle.run(sample, ripe, now_s)
+        ring_workers(desk, self._launch.worker_doorbell_fds)
+        return freed
+
     def _workers_wait(self) -> bool:
-        wants = self._state.slots[FIRST_WORKER_SLOT:, Slot.WANTS]
-        return bool((wants & np.uint64(Wants.DURABLE)).any())
+        """Some worker is pressed, or wants to hear of a commit."""
+        return bool(self._state.slots[FIRST_WORKER_SLOT:, Slot.WANTS].any())
 
     # -- waiting
 
     def _wait(self, desk: Desk, store: Store) -> None:
         now_s = time.monotonic()
         until_s = self._next_tick_s
-        doze = False
+        doze = self._idle and now_s >= self._next_cycle_s
         if store.cycle.more:
             until_s = now_s
-        elif sample_streams(self._state).pending.any():
+        elif not doze:  # under steady traffic nobody need ring: the next look is when the next cycle is due
             until_s = min(until_s, self._next_cycle_s)
         else:
-            doze = True
             self._words[self._slot + Slot.DOZING] = 1
             if self._something_to_do():
                 until_s = now_s

@@ -112,13 +112,15 @@ class Recovery:
     def _tidy(
         self, records: Mapping[int, StreamRecord], firsts: Mapping[int, set[int]], live: set[int]
     ) -> dict[int, StreamRecord]:
-        """Streams that began but never stored a byte go; those that are not in the table are not connected."""
+        """Streams that began but never stored a byte go; those not in the table are not connected, and the last segment
+        of one whose name was made up will never be continued."""
         catalog = self._desk.catalog
         empty = [r.id for r in records.values() if r.id not in live and not r.durable and not firsts.get(r.id)]
         adrift = [r.id for r in records.values() if r.id not in live and r.connected]
         if empty or adrift:
             with catalog.transaction():
                 catalog.set_connected(adrift, 0)
+                catalog.close_open_segments([n for n in adrift if not records[n].named], time.time_ns())
                 for stream in empty:
                     catalog.remove_stream(stream)
         return {number: record for number, record in records.items() if number not in set(empty)}

@@ -122,7 +122,9 @@ class Retention:
         by_stream: dict[int, int] = {}
         for segment in chosen:
             by_stream[segment.stream] = max(by_stream.get(segment.stream, 0), segment.end or 0)
-        leaving = [entry for stream, end in by_stream.items() if (entry := self._leaving(stream, end)) is not None]
+        leaving: list[_Gone] = [
+            entry for stream, end in by_stream.items() if (entry := self._leaving(stream, end)) is not None
+        ]
         live = {stream.catalog_id: stream for stream in desk.streams.values()}
         with desk.catalog.transaction():
             for entry in leaving:
@@ -131,6 +133,15 @@ class Retention:
         for entry in leaving:
             self._publish(entry, live.get(entry.record.id))
             given_back += self._unlink(entry)
+        log.event(
+            logger,
+            logging.INFO,
+            "segments retired",
+            message_id=MessageId.SEGMENTS_RETIRED,
+            streams=len(leaving),
+            segments=sum(len(entry.segments) for entry in leaving),
+            bytes=given_back,
+        )
         return given_back
 
     def _leaving(self, stream: int, end: int) -> _Gone | None:
@@ -179,9 +190,8 @@ class Retention:
         desk.counters.add("segments_retired", len(entry.segments))
         log.event(
             logger,
-            logging.INFO,
-            "segments retired",
-            message_id=MessageId.SEGMENTS_RETIRED,
+            logging.DEBUG,
+            "segments of a stream retired",
             stream=entry.record.name,
             segments=len(entry.segments),
             bytes=size,

@@ -54,14 +54,15 @@ class Store:
             raise StartError(f"cannot use the catalog {self._desk.catalog.path}: {error}") from error
         self._desk.space.make_ballast()
 
-    def open_streams(self) -> None:
-        """Answer the rows that are OPENING."""
+    def open_streams(self) -> int:
+        """Answer the rows that are OPENING. Returns how many there were."""
         rows = np.flatnonzero(self._desk.state.streams[:, Str.STATE] == StreamState.OPENING).tolist()
         if rows:
             try:
                 self._opening.open_rows(rows)
             except sqlite3.Error as error:
                 self.failures.catalog_failed(error)
+        return len(rows)
 
     def see_off(self) -> int:
         """Finish the streams that are DRAINING and have nothing left to write. Returns how many rows were freed."""

@@ -57,6 +57,7 @@ class Client:
         self.row = row
         self.base = rig.state.stream_base(row)
         self.seed = seed
+        self.packet = self.word(Str.PACKET_SIZE)
         self.started_at = self.word(Str.POSITION)
         self.adopt()
 
@@ -70,10 +71,6 @@ class Client:
         """As a fresh worker does."""
         self.window = StreamWindow(self.rig.state, self.rig.pool, self.row)
         self.window.adopt(self.word(Str.POSITION))
-
-    @property
-    def packet(self) -> int:
-        return self.word(Str.PACKET_SIZE)
 
     @property
     def sent(self) -> int:

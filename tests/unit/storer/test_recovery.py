@@ -264,7 +264,6 @@ def test_random_lives_survive_kills_at_random_places(
         lives.go(name)
     for name, client in lives.ended.items():
         if client.sent:
-            rig.state.streams[client.row, Str.PACKET_SIZE] = (64, 7)[int(name[-1]) % 2]
             rig.assert_stored(client, name)
     assert rig.free_chunks() == rig.arena.count
     assert rig.gone(Gone.DURABLE_BYTES) == sum(client.sent for client in lives.ended.values())
