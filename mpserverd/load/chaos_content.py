@@ -42,7 +42,7 @@ class Content:
         places = indexes[:, None] * size + np.arange(size, dtype=np.int64)
         rows: Bytes = self._pattern[places % PATTERN_BYTES]
         numbers = indexes.astype(self._number_type)
-        rows[:, : self._number_type.itemsize] = numbers.view(np.uint8).reshape(len(indexes), -1)
+        rows[:, : self._number_type.itemsize] = numbers.view(np.uint8).reshape(-1, numbers.itemsize)
         return rows
 
     def piece(self, first: int, end: int) -> Bytes:
