@@ -79,7 +79,7 @@ def plan(demand: Demand) -> dict[str, Any]:
     stored = rate_bytes * demand.days * DAY_S
     max_bytes = _round_up(stored + 2 * demand.clients * segment, limits.GIB if stored > limits.GIB else limits.MIB)
     max_bytes = max(max_bytes, segment)
-    min_free = _round_up(max(limits.GIB, rate_bytes * FREE_S), limits.GIB)
+    min_free = min(_round_up(max(limits.GIB, rate_bytes * FREE_S), limits.GIB), limits.SPOOL_BYTES_MAX)
     shares = (limits.CHUNKS_PER_CONNECTION * clients_max + limits.CHUNKS_PER_WORKER * cpu["workers"]) * chunk
     buffers = _round_up(shares + rate_bytes * BURST_S, 16 * limits.MIB)
     processes = cpu["workers"] + 2
