@@ -72,9 +72,12 @@ def _f_type(file: str) -> int:
 def _takes_blocks(directory: str) -> bool:
     """Whether direct I/O is possible in units of BLOCK_BYTES. Kernels before 6.1 do not say; ext4 and xfs can."""
     buffer = ctypes.create_string_buffer(_STATX_BYTES)
-    with tempfile.TemporaryFile(dir=directory) as file:  # it has no name: nothing is left of it
-        found = hasattr(_libc, "statx") and not _libc.statx(file.fileno(), b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, buffer)
-    if not found:
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:  # it has no name: nothing is left of it
+            answer = _libc.statx(file.fileno(), b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, buffer)
+    except (OSError, AttributeError):  # not ours to write in, or a C library without it
+        return True
+    if answer != 0:
         return True
     if not int.from_bytes(buffer.raw[0:4], "little") & _STATX_DIOALIGN:
         return True
