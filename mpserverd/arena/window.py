@@ -38,7 +38,8 @@ class LeasePool:
         self._lease = lease
         self._stack: list[int] = []
         self._free = 0
-        self.taken = 0
+        self.taken = self.recycled = 0
+        """Chunks given to streams, and chunks that their streams gave back here without the storer."""
         self.refused = False
         """Set when a stream was denied a chunk because none was leased; the worker then asks for more."""
         self.refresh()
@@ -85,7 +86,13 @@ class LeasePool:
         """USED -> LEASED by the stream's worker; legal above OFFERED, and for streams that are not stored."""
         self._words[index] = self._leased_word
         self._stack.append(index)
+        self.recycled += 1
         self._free += 1
+
+    @property
+    def used(self) -> int:
+        """Chunks that left for good: what has to be leased again sooner or later."""
+        return self.taken - self.recycled
 
     def give_back(self, keep: int) -> int:
         """LEASED -> FREE for all but ``keep`` chunks. Returns how many."""

@@ -19,7 +19,7 @@ from mpserverd.errors import MpserverdError
 from mpserverd.net import tcp_info
 from mpserverd.worker.checker import Checker
 
-READ_BYTES_MAX = 512 * 1024
+READ_BYTES_MAX = 256 * 1024
 """One ``recv`` at most; about what the second-level cache keeps until the check has read it."""
 READ_BYTES_BIG = 64 * 1024
 """A ``recv`` that brought so much is followed by one with room for READ_BYTES_MAX."""

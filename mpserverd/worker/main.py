@@ -92,7 +92,7 @@ class Worker:
         self._leaving = False
         self._rung = False
         self._needed_at_s = 0.0
-        self._taken_at_need = 0
+        self._used_at_need = 0
         self._taken_at_tick = 0
         counter = {
             name: self._slot + column(Role.WORKER, name)
@@ -261,15 +261,15 @@ class Worker:
     def _ask_for_chunks(self, now_s: float) -> None:
         """Tell the supervisor in time that leased chunks run out."""
         pool = self._pool
-        used = pool.taken - self._taken_at_need
+        used = pool.used - self._used_at_need
         low = pool.refused or (used and len(pool) < max(KEPT_AHEAD // 2, used // 2))
         if low and now_s - self._needed_at_s >= NEED_AGAIN_S:
             self._need_chunks(now_s)
 
     def _need_chunks(self, now_s: float) -> None:
         pool = self._pool
-        wanted = max(NEED_CHUNKS_MIN, 2 * (pool.taken - self._taken_at_need))
-        self._needed_at_s, self._taken_at_need = now_s, pool.taken
+        wanted = max(NEED_CHUNKS_MIN, 2 * (pool.used - self._used_at_need))
+        self._needed_at_s, self._used_at_need = now_s, pool.used
         self._send(Message(Kind.NEED, value=wanted))
 
     def _send(self, message: Message) -> None:

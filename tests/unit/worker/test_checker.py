@@ -16,6 +16,7 @@ from mpserverd.worker.checker import RESTART_PACKETS, Checker, scratch_for
 CHUNK = 4096
 U8 = PacketLayout("sample16", 16, (("sequence", "<u8"), ("time", "<u8")), "sequence", "time")
 U2_ODD = PacketLayout("odd7", 7, (("kind", "u1"), ("sequence", "<u2"), ("value", "<f4")), "sequence")
+I1 = PacketLayout("signed3", 3, (("value", "u1"), ("sequence", "i1")), "sequence")
 U4_BIG = PacketLayout("big24", 24, (("sequence", ">u4"),), "sequence")
 
 
@@ -42,7 +43,9 @@ class Stream:
     def packets(self, numbers: list[int], times_ns: list[int] | None = None) -> bytes:
         array = np.zeros(len(numbers), self.layout.dtype)
         bits = 8 * array["sequence"].dtype.itemsize
-        array["sequence"] = [number % (1 << bits) for number in numbers]
+        array["sequence"] = np.array([number % (1 << bits) for number in numbers], f"u{bits // 8}").astype(
+            array["sequence"].dtype
+        )
         if times_ns is not None:
             array["time"] = times_ns
         return array.tobytes()
@@ -84,7 +87,7 @@ def reference(numbers: list[int]) -> tuple[int, int, int, int]:
     return gaps, missing, repeats, reordered
 
 
-@pytest.mark.parametrize("layout", [U8, U2_ODD, U4_BIG], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", [U8, U2_ODD, I1, U4_BIG], ids=lambda layout: layout.name)
 @given(
     start=st.integers(0, 70000),
     steps=st.lists(st.sampled_from([1, 1, 1, 1, 1, 1, 2, 5, 0, -1, -3]), min_size=1, max_size=60),
@@ -107,7 +110,7 @@ def test_gaps_repeats_and_reordering_are_counted_like_packet_by_packet(
     assert stream.counts() == reference(numbers)
 
 
-@pytest.mark.parametrize("layout", [U8, U2_ODD, U4_BIG], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", [U8, U2_ODD, I1, U4_BIG], ids=lambda layout: layout.name)
 def test_a_long_stream_in_order_counts_nothing(layout: PacketLayout) -> None:
     stream = Stream(layout)
     sent = stream.packets(list(range(65000, 65000 + 30000)))  # wraps around for the 16-bit sequence
