@@ -1,11 +1,16 @@
 #!/usr/bin/python3 -I
 """The command mpload of the package mpserverd-load, with modules of its own: no daemon need be installed."""
 
+import os
 import sys
 
-sys.path.insert(0, "/usr/share/mpserverd-load")
+MODULES = "/usr/share/mpserverd-load"
 
-from mpserverd.cli.load import main  # noqa: E402
+sys.path.insert(0, MODULES)
+# `mpload chaos` starts a daemon and clients of its own, from the same modules.
+os.environ["PYTHONPATH"] = MODULES
+
+from mpserverd.cli.load import main
 
 if __name__ == "__main__":
     sys.exit(main())
