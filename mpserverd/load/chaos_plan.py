@@ -105,6 +105,7 @@ class DaemonPlan:
     segment_bytes: int
     arena_bytes: int
     commit_interval_s: float
+    receive_buffer_bytes: int
     clients_max: int
 
 
@@ -151,6 +152,7 @@ def plan_daemon(options: ChaosOptions) -> DaemonPlan:
         segment_bytes=chunk_bytes * chance.choice((16, 32, 64)),
         arena_bytes=max(4 * MIB, 8 * chunk_bytes * clients_max),
         commit_interval_s=chance.choice((0.005, 0.05, 0.1)),
+        receive_buffer_bytes=chance.choice((8 * KIB, 32 * KIB, 128 * KIB)),
         clients_max=clients_max,
     )
 
@@ -186,19 +188,19 @@ level = "info"
 target = ["stderr"]
 """
     ]
-    parts += [_listener_text(size) for size in sorted({client.packet_size for client in clients})]
+    parts += [_listener_text(plan, size) for size in sorted({client.packet_size for client in clients})]
     parts += [f'[[client]]\nid = "{client.name}"\naddress = "{client.address}"\n' for client in clients if client.named]
     return "\n".join(parts)
 
 
-def _listener_text(packet_size: int) -> str:
+def _listener_text(plan: DaemonPlan, packet_size: int) -> str:
     name, number = listener_name(packet_size), sequence_bytes(packet_size)
     return f"""[[listener]]
 name = "{name}"
 address = "127.0.0.1:0"
 layout = "{name}"
 on_full = "block"
-receive_buffer_bytes = 32768
+receive_buffer_bytes = {plan.receive_buffer_bytes}
 handshake_timeout_s = 0
 
 [layout.{name}]

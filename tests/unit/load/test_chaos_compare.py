@@ -162,12 +162,19 @@ def test_the_connections_of_a_named_client_are_one_stream(spool: SpoolWriter) ->
     assert result(spool, sent(name="chaos-0", ends=(500, 9000, PACKETS))).is_exact
 
 
-def test_a_connection_that_was_given_a_stream_of_its_own_leaves_one_gap(spool: SpoolWriter) -> None:
+def test_a_connection_that_was_given_a_stream_of_its_own_leaves_one_gap_at_most(spool: SpoolWriter) -> None:
     add(spool, content(0, 500) + content(9000), "chaos-0", gaps=1, missing=8500)
     add(spool, content(500, 9000), f"chaos-0.{NAME}")
     found = result(spool, sent(name="chaos-0", ends=(500, 9000, PACKETS)))
     assert found.is_exact, found.lines
     assert (found.gaps, found.missing, found.split_streams) == (1, 8500, 1)
+
+
+@pytest.mark.parametrize(("gaps", "missing"), [(2, 8500), (1, 8501)])
+def test_more_than_that_gap_is_too_much(spool: SpoolWriter, gaps: int, missing: int) -> None:
+    add(spool, content(0, 500) + content(9000), "chaos-0", gaps=gaps, missing=missing)
+    add(spool, content(500, 9000), f"chaos-0.{NAME}")
+    assert not result(spool, sent(name="chaos-0", ends=(500, 9000, PACKETS))).is_exact
 
 
 def test_a_first_or_last_connection_with_a_stream_of_its_own_leaves_no_gap(spool: SpoolWriter) -> None:
