@@ -349,6 +349,30 @@ def test_load_client_and_autopkgtests_pass(machine: Machine, debs: dict[str, pat
 # -- upgrade, remove, purge
 
 
+def test_live_connection_outlives_restart_crash_and_upgrade(
+    machine: Machine, debs: dict[str, pathlib.Path], next_debs: dict[str, pathlib.Path]
+) -> None:
+    client = machine.popen("python3", "-c", SEND, "1000", "stay")
+    try:
+        port, digest = client.stdout.readline().split()
+        for what in (
+            ("systemctl", "restart", UNIT),
+            ("kill", "-KILL", str(machine.main_pid())),
+            ("dpkg", "-i", f"/srv/{next_debs['mpserverd'].name}"),
+            ("dpkg", "-i", f"/srv/{debs['mpserverd'].name}"),
+        ):
+            before = machine.main_pid()
+            machine.run(*(str(before) if word.isdecimal() else word for word in what))
+            machine.wait_until_serving(not_pid=before)
+            assert any(port in json.dumps(each) for each in machine.ctl("clients")), what
+    finally:
+        client.communicate("", timeout=30)
+    assert client.returncode == 0
+    machine.wait_for(lambda: not any(stream["connected"] for stream in machine.ctl("streams")))
+    name = stream_of(machine, int(port))
+    assert machine.sh(f"mpserverctl read {name} --format raw | sha256sum").stdout.split()[0] == digest
+
+
 def test_upgrade_and_downgrade_keep_packets_and_settings(
     machine: Machine, debs: dict[str, pathlib.Path], next_debs: dict[str, pathlib.Path]
 ) -> None:
