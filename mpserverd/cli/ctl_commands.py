@@ -166,6 +166,18 @@ def loglevel_command(args: argparse.Namespace, out: TextIO) -> int:
     return 0
 
 
+def leave_command(args: argparse.Namespace, out: TextIO) -> int:
+    if args.if_restarting is not None:
+        from mpserverd.cli.restarting import is_restarting  # noqa: PLC0415
+
+        if not is_restarting(args.if_restarting):
+            _print(args, out, {"left": False}, lambda: print(f"{args.if_restarting} is not being restarted", file=out))
+            return 0
+    report = request(args.socket, "leave")
+    _print(args, out, report, lambda: print(f"left {report['connections']} connections to the next start", file=out))
+    return 0
+
+
 # -- shared
 
 
@@ -228,6 +240,10 @@ def _target_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _level_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("level", choices=list(LogLevel), metavar="LEVEL", help=", ".join(LogLevel))
+
+
+def _leave_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--if-restarting", metavar="UNIT", help="do nothing unless systemd is restarting this unit")
 
 
 def _count(text: str) -> int:
@@ -308,6 +324,13 @@ _ROWS = (
         "what is logged from now on",
         "Change the level of what is logged, until the next reload.",
         add_arguments=_level_arguments,
+    ),
+    Command(
+        "leave",
+        leave_command,
+        "exit at once; everything waits in systemd's store for the next start",
+        "Exit without a goodbye: connections, listeners and memory wait in systemd's descriptor store.",
+        add_arguments=_leave_arguments,
     ),
 )
 

@@ -138,8 +138,8 @@ class Chaos:
         self._unit = StandIn(
             [*DAEMON_COMMAND, "--config", str(self._config)],
             directory=self.directory,
-            settings=dataclasses.replace(unit_settings, seed=options.seed),
-            environ={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+            settings=dataclasses.replace(unit_settings, seed=options.seed, restart_signal=signal.SIGQUIT),
+            environ={**os.environ, "OPENBLAS_NUM_THREADS": "1", "MPSERVERD_CRASHES_MAX": "0"},
             output=self._log.fileno(),
         )
         self._watch = Watch(str(self.directory / "control.sock"))

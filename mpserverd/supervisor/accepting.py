@@ -65,6 +65,8 @@ class Accepting:
         self._serving = False
         self.on_change: Callable[[], None] = _nothing
         """Called when listeners or their settings are others than before."""
+        self.has_room: Callable[[], bool] = _always
+        """Whether a newcomer can be kept over the supervisor's death."""
         self._stored: dict[str, socket.socket] = {}
 
     def listeners(self) -> list[Listener]:
@@ -202,6 +204,9 @@ class Accepting:
     def _accept_batch(self, listener: Listener) -> int:
         """Up to a batch, so that other events get their turn. Returns how many came."""
         for count in range(ACCEPT_BATCH_MAX):
+            if not self.has_room():
+                self._rest(listener)
+                return count
             try:
                 accepted = try_accept(listener.sock)
             except ShortageError as shortage:
@@ -214,6 +219,9 @@ class Accepting:
 
     def _pause(self, listener: Listener, shortage: ShortageError) -> None:
         self._refused(listener, shortage.reason, "")
+        self._rest(listener)
+
+    def _rest(self, listener: Listener) -> None:
         self._core.loop.unwatch(listener.sock.fileno())
         listener.paused = True
         self._core.loop.after(PAUSE_S, lambda: self._resume(listener))
@@ -284,6 +292,10 @@ class Accepting:
 
 def _nothing() -> None:
     """Nobody wants to know."""
+
+
+def _always() -> bool:
+    return True
 
 
 def _filter(settings: ListenerConfig) -> AddressFilter:

@@ -22,6 +22,8 @@ FDS_A_MESSAGE_MAX = 250
 """The kernel's SCM_MAX_FD is 253."""
 SINGLES_MAX = 200
 """At stock buffer sizes a pair takes 278 messages; past so many single ones a carrier is packed anew."""
+SINGLES_FULL = 260
+"""From here on it is as good as full."""
 _COOKIE_BYTES = 8
 _BODY_BYTES_MAX = FDS_A_MESSAGE_MAX * _COOKIE_BYTES
 

@@ -53,6 +53,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("pause", "pause", Privilege.CHANGE, "Stop reading the connections that `target` names."),
     Command("resume", "resume", Privilege.CHANGE, "Read them again."),
     Command("reload", "reload_config", Privilege.CHANGE, "Read the configuration again and take it over."),
+    Command("leave", "leave", Privilege.CHANGE, "Exit at once; everything waits in systemd's store for a successor."),
     Command("loglevel", "set_log_level", Privilege.CHANGE, "Change the log `level` of all processes until a reload."),
 )
 
@@ -63,8 +64,16 @@ class Commands:
     """Answers requests; every MpserverdError becomes a fault with its exit code."""
 
     def __init__(
-        self, core: Core, children: Children, connections: Connections, accepting: Accepting, reload: Reload
+        self,
+        core: Core,
+        children: Children,
+        connections: Connections,
+        accepting: Accepting,
+        reload: Reload,
+        leave: Callable[[str], None],
     ) -> None:
+        """``leave`` says who asked, and raises MpserverdError when it cannot be."""
+        self._leave = leave
         self._core = core
         self._children = children
         self._connections = connections
@@ -173,6 +182,11 @@ class Commands:
 
     def reload_config(self, _: dict[str, Any]) -> dict[str, Any]:
         return self._reload.request()
+
+    def leave(self, _: dict[str, Any]) -> dict[str, Any]:
+        count = len(self._connections)
+        self._leave("the command leave")
+        return {"left": True, "connections": count}
 
     def set_log_level(self, arguments: dict[str, Any]) -> dict[str, Any]:
         level = arguments.get("level")

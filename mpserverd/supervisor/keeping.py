@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable
 
 from mpserverd import log
-from mpserverd.supervisor.carrier import Carrier, CarrierFullError
+from mpserverd.supervisor.carrier import SINGLES_FULL, Carrier, CarrierFullError
 from mpserverd.supervisor.core import Core
 from mpserverd.supervisor.fd_store import FdStore
 from mpserverd.supervisor.loop import READ
@@ -27,6 +28,8 @@ ENDED_MAX = 1000
 ENDED_AGE_TICKS = 60
 """... or any at all for so many seconds: each holds a socket in the kernel."""
 FLUSH_AGAIN_S = 0.01
+ANSWER_S = 2.0
+"""So long newcomers wait for a store that does not answer; then they are served without."""
 MEMORY_NAMES = ("state", "chunks", "arena", "facts")
 LISTENER_PREFIX = "listener-"
 
@@ -57,7 +60,9 @@ class Keeping:
         self._ended_count = 0
         self._ticks = 0
         self._barrier = -1
+        self._barrier_s = 0.0
         self._short = False
+        self._missed = False
         self._flushing = False
         self._listeners: dict[str, int] = {}
         """Inode of the socket that is stored for each listener."""
@@ -106,12 +111,19 @@ class Keeping:
         if self.present:
             self.pack()
 
+    def has_room(self) -> bool:
+        """Whether newcomers can be carried now; if not, the kernel's queue keeps them until systemd has answered."""
+        if self._barrier < 0 or self._carriers[-1][1].message_count < SINGLES_FULL:
+            return True
+        return time.monotonic() - self._barrier_s > ANSWER_S
+
     def carry(self, cookie: int, fd: int) -> None:
         """A newcomer, whose row is written; a worker gets it after this."""
         if not self._carriers:
             return
         carried = [self._try_put(carrier, cookie, fd) for _, carrier in self._carriers]
         if not any(carried):
+            self._missed = True
             self._say_short()
         if self._carriers[-1][1].wants_packing:
             self.pack()
@@ -164,7 +176,7 @@ class Keeping:
         barrier = self._store.barrier()
         self._flush()
         if barrier is not None:
-            self._barrier = barrier
+            self._barrier, self._barrier_s = barrier, time.monotonic()
             self._core.loop.watch(barrier, READ, lambda _: self._stored())
 
     def _stored(self) -> None:
@@ -175,8 +187,12 @@ class Keeping:
                 self._store.remove(name)
             old.close()
         self._carriers = self._carriers[-1:]
-        self._short = False
         self._flush()
+        if self._missed or self._carriers[-1][1].wants_packing:
+            self._missed = False
+            self.pack()
+        else:
+            self._short = False
 
     def _drop_barrier(self) -> None:
         if self._barrier >= 0:
@@ -185,6 +201,11 @@ class Keeping:
             self._barrier = -1
 
     # -- leaving
+
+    def is_kept(self) -> bool:
+        """Whether everything has left for the store."""
+        self._store.flush()
+        return not self._store.waiting_count and self._barrier < 0
 
     def forget_all(self) -> None:
         """The daemon stops for good: nothing is to wait for a successor."""

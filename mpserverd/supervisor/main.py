@@ -69,8 +69,11 @@ START_DEATHS_MAX = 3
 READY_TIMEOUT_S = 60.0
 LEFTOVER_S = 2.0
 SPOOL_AGAIN_S = 0.05
+KEEP_S = 2.0
+"""So long a supervisor that leaves waits until systemd has taken the last descriptors."""
+FLUSH_AGAIN_S = 0.01
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
 
 
 def run(
@@ -174,14 +177,16 @@ class Supervisor:
         self._connections.on_gone = self._keeping.ended
         self._accepting = Accepting(core, self._connections)
         self._accepting.on_change = self._listeners_changed
+        self._accepting.has_room = self._keeping.has_room
         self._leases = Leases(core)
         self._stats = StatsTick(core, self._children, self._connections)
         self._reload = Reload(core, self._children, self._connections, self._accepting, reload_config)
-        commands = Commands(core, self._children, self._connections, self._accepting, self._reload)
+        commands = Commands(core, self._children, self._connections, self._accepting, self._reload, self._begin_leaving)
         self._answer = commands.answer
         self._control: ControlServer | None = None
         self._stop: Stop | None = None
         self._exit_code = 0
+        self._leaving = False
         self._spool_waits = False
         self._tick_due_s = 0.0
         self._judge_after_s = 0.0
@@ -213,7 +218,7 @@ class Supervisor:
                     on_ready()
             if self._stop is None or self._stop.phase is not StopPhase.OVER:
                 loop.run()
-        return self._say_goodbye()
+        return 0 if self._leaving else self._say_goodbye()
 
     def _open(self) -> None:
         path = self._core.config.server.control_socket
@@ -257,7 +262,7 @@ class Supervisor:
         core = self._core
         free_leases(core.arena)
         clear_slots(core.state)
-        unloading = Unloading(self._store, self._inherited.carriers)
+        unloading = Unloading(self._store, self._inherited.carriers, self._inherited.next_number)
         fresh = unloading.run()
         if fresh is not None:
             self._keeping.take_up(*fresh)
@@ -382,8 +387,9 @@ class Supervisor:
         leftovers = self._children.alive()
         for child in leftovers:
             child.wanted = False
-            self._children.kill(child, "the supervisor leaves")
-        deadline_s = time.monotonic() + LEFTOVER_S
+            if not self._leaving:  # else their parent's death ends them, as it does when it is killed
+                self._children.kill(child, "the supervisor leaves")
+        deadline_s = time.monotonic() + (0.0 if self._leaving else LEFTOVER_S)
         while self._children.alive() and time.monotonic() < deadline_s:
             self._core.loop.run_once()
         for_good = self._stop is not None or not self._keeping.present
@@ -395,6 +401,25 @@ class Supervisor:
             self._control.close()
         self._notifier.close()
         self._core.close()
+
+    def _begin_leaving(self, why: str) -> None:
+        """Exit at once: whatever lives waits in the store. Raises StartError when that cannot be."""
+        if not self._keeping.present:
+            raise StartError("there is no descriptor store to leave anything in: the daemon was not started by systemd")
+        if self._stop is not None:
+            raise StartError("the daemon stops")
+        if not self._leaving:
+            self._leaving = True
+            connections = len(self._connections)
+            self._core.note(logger, logging.INFO, "leaving", why=why, connections=connections, what="the next start")
+            self._core.loop.after(0.0, lambda: self._leave_when_kept(time.monotonic() + KEEP_S))
+
+    def _leave_when_kept(self, deadline_s: float) -> None:
+        if self._keeping.is_kept() or time.monotonic() > deadline_s:
+            self.leave_everything()
+            self._core.loop.stop()
+        else:
+            self._core.loop.after(FLUSH_AGAIN_S, lambda: self._leave_when_kept(deadline_s))
 
     # -- what children say and do
 
@@ -503,6 +528,7 @@ class Supervisor:
             signal.SIGHUP: self._reload_on_signal,
             signal.SIGUSR1: self._log_summary,
             signal.SIGUSR2: self._reopen_logs,
+            signal.SIGQUIT: self._leave_on_signal,
         }
         actions[number]()
 
@@ -522,6 +548,12 @@ class Supervisor:
         self._notifier.reloading()
         self._reload.request_quietly()
         self._notifier.ready(self._status or "serving")
+
+    def _leave_on_signal(self) -> None:
+        try:
+            self._begin_leaving("SIGQUIT")
+        except StartError as error:
+            log.event(logger, logging.WARNING, "not leaving", why=str(error))
 
     def _reopen_logs(self) -> None:
         log.reopen()

@@ -32,7 +32,7 @@ EXIT_ORPHANED = 71
 
 _PR_SET_NAME = 15
 _PR_SET_PDEATHSIG = 1
-_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
 """Ctrl-C and ``kill`` on a process group reach the children too, but when they stop is the supervisor's decision."""
 _OOM_SCORE = {Role.STORER: 100, Role.WORKER: 200}
 """Added to what the supervisor has: it goes last, and a worker's place can be taken over at once."""

@@ -62,6 +62,8 @@ class Inheritance:
     memory: Memory | None = None
     listeners: dict[str, socket.socket] = dataclasses.field(default_factory=dict)
     carriers: list[tuple[int, Carrier]] = dataclasses.field(default_factory=list)
+    next_number: int = 1
+    """For carriers made from now on: no name is used twice."""
 
     def close_listeners(self) -> list[str]:
         """Close those that nobody took. Returns their names."""
@@ -92,6 +94,7 @@ def look_through(fds: dict[str, list[int]], store: FdStore, now_ns: int) -> Inhe
         for extra in several[1:]:
             os.close(extra)
     claim(ours)
+    found.next_number = max(ends, default=0) + 1
     for number in sorted(ends, reverse=True):
         if len(ends[number]) == len(carrier_names(number)):
             found.carriers.append((number, Carrier.from_store(ends[number][name] for name in carrier_names(number))))
@@ -189,10 +192,10 @@ class Unloading:
     A descriptor leaves an old carrier only after it is in the fresh one.
     """
 
-    def __init__(self, store: FdStore, carriers: list[tuple[int, Carrier]]) -> None:
+    def __init__(self, store: FdStore, carriers: list[tuple[int, Carrier]], next_number: int) -> None:
         self._store = store
         self._old = carriers
-        self._next_number = max((number for number, _ in carriers), default=0) + 1
+        self._next_number = next_number
         self.fds: dict[int, int] = {}
         """Descriptor by cookie, doubles dropped; the caller owns them."""
 

@@ -1,0 +1,359 @@
+"""The supervisor dies, or leaves, while plain programs send; a stand-in for systemd keeps what it stored.
+
+What was sent is compared with what is stored by its hash; the senders (socat, the C program) know nothing of us.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import random
+import re
+import resource
+import signal
+import socket
+import sqlite3
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from mpserverd.arena.live import open_state
+from mpserverd.arena.report import ledger
+from mpserverd.arena.state import CloseReason, Con, StateTable, Str, StreamState
+from mpserverd.control.client import DaemonRefusedError, request, request_state
+from mpserverd.load.stand_in import StandIn, UnitSettings
+from tests.integration import senders
+from tests.integration.oracle import sha256, stored_streams
+from tests.integration.supervisor_driver import RunningSupervisor, wait_for
+
+DAEMON = [sys.executable, "-c", "import sys; from mpserverd.cli.daemon import main; sys.exit(main())"]
+SEED = int(os.environ.get("MPSERVERD_TEST_SEED", "4"))
+CLIENTS = int(os.environ.get("MPSERVERD_TEST_CLIENTS", "500"))
+"""5,000 on a machine with time for it."""
+CONFIG = """
+[server]
+workers = {workers}
+max_clients = {max_clients}
+control_socket = "{home}/control.sock"
+[buffers]
+bytes = "{buffers}"
+[[listener]]
+name = "raw"
+address = "127.0.0.1:{port}"
+packet_size = 16
+on_full = "block"
+handshake_timeout_s = 0
+{listener}
+[spool]
+path = "{home}/spool"
+min_free_bytes = 0
+segment_bytes = "16 MiB"
+{more}
+"""
+
+
+class Unit:
+    """The daemon under the stand-in."""
+
+    def __init__(self, home: pathlib.Path, *, crashes_count: bool = False, **settings: Any) -> None:
+        self.home, self.spool = home, home / "spool"
+        self.settings: dict[str, Any] = {
+            "workers": 2,
+            "max_clients": 20,
+            "buffers": "16 MiB",
+            "port": 0,
+            "listener": "",
+            "more": "",
+            **settings,
+        }
+        self.configure()
+        self._log = (home / "log").open("ab")
+        environ = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+        if not crashes_count:
+            environ["MPSERVERD_CRASHES_MAX"] = "0"
+        self.system = StandIn(
+            [*DAEMON, "--config", str(home / "mpserverd.toml")],
+            directory=home,
+            settings=UnitSettings(restart_delay_s=0.02, restart_signal=signal.SIGQUIT, seed=SEED),
+            environ=environ,
+            output=self._log.fileno(),
+        )
+
+    def configure(self, **settings: Any) -> None:
+        self.settings.update(settings)
+        (self.home / "mpserverd.toml").write_text(CONFIG.format(home=self.home, **self.settings))
+
+    def __enter__(self) -> Unit:
+        self.system.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        left = self.system.close()
+        self._log.close()
+        if kind is not None:
+            sys.stderr.write(self.log()[-6000:])
+        else:
+            assert "Traceback" not in self.log()
+            assert not left
+
+    def log(self) -> str:
+        return (self.home / "log").read_text(errors="replace")
+
+    @property
+    def port(self) -> int:
+        match = re.findall(r"raw=127\.0\.0\.1:(\d+)", self.log())
+        return int(match[-1])
+
+    def ask(self, command: str, **arguments: Any) -> Any:
+        return request(f"{self.home}/control.sock", command, **arguments)
+
+    @contextlib.contextmanager
+    def tables(self) -> Iterator[Any]:
+        _, state_fd, table_fd = request_state(f"{self.home}/control.sock")
+        try:
+            yield StateTable(state_fd, read_only=True)
+        finally:
+            os.close(state_fd)
+            os.close(table_fd)
+
+    def active(self) -> int:
+        with self.tables() as state:
+            return int((state.connections[:, Con.STATE] != 0).sum())
+
+    def durable(self) -> int:
+        """Bytes on disk, by the catalog."""
+        if not (self.spool / "catalog.sqlite").exists():
+            return 0
+        with contextlib.closing(sqlite3.connect(f"file:{self.spool}/catalog.sqlite?mode=ro", uri=True)) as catalog:
+            return int(catalog.execute("SELECT coalesce(sum(durable), 0) FROM stream").fetchone()[0])
+
+    def stored(self) -> list[str]:
+        return sorted(stream.sha256 for stream in stored_streams(self.spool))
+
+    def kill(self) -> None:
+        """kill -9, and wait until it is ready again."""
+        self.system.wait_ready(start=self.system.kill())
+
+    def leave(self) -> None:
+        start = self.system.state.starts + 1
+        assert self.ask("leave")["left"]
+        self.system.wait_ready(start=start)
+
+
+def hashes(contents: Sequence[bytes]) -> list[str]:
+    return sorted(sha256(content[: len(content) // 16 * 16]) for content in contents)
+
+
+@pytest.mark.parametrize("how", ["kill", "leave"])
+def test_a_client_streams_on_when_the_supervisor_is_gone_for_a_moment(tmp_path: pathlib.Path, how: str) -> None:
+    content = senders.payload(SEED, 4_000_000)
+    with Unit(tmp_path) as unit:
+        port = unit.port
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(content[:1_000_001])
+            wait_for(lambda: unit.active() == 1)
+            getattr(unit, how)()
+            client.sendall(content[1_000_001:])
+        wait_for(lambda: unit.durable() == len(content))
+        assert unit.port == port
+        assert unit.stored() == hashes([content])
+        assert unit.system.stop() == 0
+        assert unit.system.stored_names() == []
+
+
+def test_twenty_kills_at_random_moments_lose_no_byte_of_any_sender(tmp_path: pathlib.Path) -> None:
+    """socat sends files while the supervisor is killed; others come and go."""
+    senders.needs("socat")
+    chance = random.Random(SEED)
+    contents = [senders.payload(SEED + number, 3_000_000 + 16 * number + number) for number in range(6)]
+    with Unit(tmp_path, workers=2) as unit:
+        with contextlib.ExitStack() as stack:
+            running = [stack.enter_context(senders.socat_from_pipe(unit.port)) for _ in contents]
+            pieces = [[content[at : at + 150_000] for at in range(0, len(content), 150_000)] for content in contents]
+            kills = 0
+            for turn in range(max(map(len, pieces))):
+                for process, parts in zip(running, pieces, strict=True):
+                    if turn < len(parts) and process.stdin is not None:
+                        process.stdin.write(parts[turn])
+                        process.stdin.flush()
+                if kills < 20:
+                    time.sleep(chance.uniform(0, 0.05))  # any moment of the start and of the service will do
+                    start = unit.system.kill()
+                    if chance.random() < 0.7:
+                        unit.system.wait_ready(start=start)
+                    kills += 1
+            for process in running:
+                assert process.stdin is not None
+                process.stdin.close()
+                assert process.wait(30) == 0, "the sender noticed"
+        unit.system.wait_ready(start=unit.system.state.starts)
+        wait_for(lambda: unit.durable() == sum(len(content) // 16 * 16 for content in contents), 30)
+        assert unit.stored() == hashes(contents)
+        assert unit.system.stop() == 0
+
+
+def test_a_client_that_leaves_while_nobody_is_there_loses_nothing(tmp_path: pathlib.Path) -> None:
+    """Its last bytes and its FIN wait in the kernel, also a packet that was cut."""
+    content = senders.payload(SEED, 300_007)
+    with Unit(tmp_path) as unit:
+        with socket.create_connection(("127.0.0.1", unit.port)) as client:
+            client.sendall(content[:100_000])
+            wait_for(lambda: unit.active() == 1)
+            start = unit.system.kill()
+            client.sendall(content[100_000:])
+        with socket.create_connection(("127.0.0.1", unit.port)) as newcomer:  # the backlog outlives it too
+            newcomer.sendall(content[:160])
+        unit.system.wait_ready(start=start)
+        wait_for(lambda: unit.durable() == 300_000 + 160)
+        wait_for(lambda: unit.active() == 0)
+        assert unit.stored() == hashes([content, content[:160]])
+
+
+def test_many_live_connections_are_kept_through_a_kill_and_a_restart(tmp_path: pathlib.Path) -> None:
+    """Every one of them still reaches its own stream afterwards."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    count = min(CLIENTS, (hard - 1024) // 4)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        with (
+            Unit(tmp_path, max_clients=count + 10, buffers=f"{count // 4 + 16} MiB") as unit,
+            contextlib.ExitStack() as stack,
+        ):
+            port = unit.port
+            clients = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(count)]
+            for number, client in enumerate(clients):
+                client.sendall(number.to_bytes(16, "little"))
+            wait_for(lambda: unit.active() == count, 60)
+            began_s = time.monotonic()
+            unit.kill()
+            kill_s = time.monotonic() - began_s
+            for number, client in enumerate(clients):
+                client.sendall((number << 64).to_bytes(16, "little"))
+            began_s = time.monotonic()
+            unit.leave()
+            leave_s = time.monotonic() - began_s
+            for client in clients:
+                client.sendall(b"\xff" * 16)
+                client.shutdown(socket.SHUT_WR)
+            wait_for(lambda: unit.durable() == 48 * count, 120)
+            wanted = sorted(
+                hashlib.sha256(n.to_bytes(16, "little") + (n << 64).to_bytes(16, "little") + b"\xff" * 16).hexdigest()
+                for n in range(count)
+            )
+            assert unit.stored() == wanted
+            print(f"{count} connections: kill {kill_s * 1000:.0f} ms, leave {leave_s * 1000:.0f} ms")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_counters_and_ledger_go_on(tmp_path: pathlib.Path) -> None:
+    content = senders.payload(SEED, 160_000)
+    with Unit(tmp_path) as unit:
+        for _ in range(2):
+            with socket.create_connection(("127.0.0.1", unit.port)) as client:
+                client.sendall(content)
+        wait_for(lambda: unit.durable() == 320_000)
+        unit.kill()
+        wait_for(lambda: ledger(open_state(f"{tmp_path}/control.sock"), every_stream=False)["holds"])
+        totals = ledger(open_state(f"{tmp_path}/control.sock"), every_stream=False)["totals"]
+        assert totals["received_bytes"] == totals["durable_bytes"] == 320_000
+
+
+def test_five_crashes_within_a_minute_lead_to_a_clean_start(tmp_path: pathlib.Path) -> None:
+    with Unit(tmp_path, crashes_count=True) as unit:
+        with socket.create_connection(("127.0.0.1", unit.port)) as client:
+            client.sendall(bytes(160))
+            wait_for(lambda: unit.durable() == 160)
+            for _ in range(4):
+                unit.kill()
+            assert unit.active() == 1
+            unit.kill()
+            assert "stored sockets and state discarded" in unit.log()
+            assert "crashed 5 times" in unit.log()
+            client.settimeout(10)
+            with contextlib.suppress(ConnectionResetError):
+                assert client.recv(1) == b""
+        with socket.create_connection(("127.0.0.1", unit.port)) as client:
+            client.sendall(bytes(320))
+            wait_for(lambda: unit.active() == 1)
+        wait_for(lambda: unit.durable() == 480)
+
+
+def test_leaving_on_purpose_is_no_crash(tmp_path: pathlib.Path) -> None:
+    with Unit(tmp_path, crashes_count=True) as unit, socket.create_connection(("127.0.0.1", unit.port)) as client:
+        client.sendall(bytes(160))
+        wait_for(lambda: unit.active() == 1)
+        for _ in range(7):
+            unit.leave()
+        assert unit.active() == 1
+        assert "discarded" not in unit.log()
+
+
+def test_settings_of_a_listener_that_is_gone_still_hold_for_its_connections(tmp_path: pathlib.Path) -> None:
+    """The restart reads a file in which the listener has another packet size."""
+    with Unit(tmp_path) as unit, socket.create_connection(("127.0.0.1", unit.port)) as client:
+        client.sendall(bytes(range(160)))
+        wait_for(lambda: unit.active() == 1)
+        text = (tmp_path / "mpserverd.toml").read_text()
+        (tmp_path / "mpserverd.toml").write_text(text.replace("packet_size = 16", "packet_size = 32"))
+        unit.leave()
+        client.sendall(bytes(range(160)))
+        client.shutdown(socket.SHUT_WR)
+        with socket.create_connection(("127.0.0.1", unit.port)) as other:
+            other.sendall(bytes(64))
+        wait_for(lambda: unit.durable() == 384)
+        assert [stream.packet_size for stream in stored_streams(unit.spool)] == [16, 32]
+
+
+def test_a_state_of_another_layout_is_dropped_and_said(tmp_path: pathlib.Path) -> None:
+    with Unit(tmp_path) as unit:
+        with socket.create_connection(("127.0.0.1", unit.port)) as client:
+            client.sendall(bytes(160))
+            wait_for(lambda: unit.durable() == 160)
+            pid = unit.system.state.pid
+            for name in os.listdir(f"/proc/{pid}/fd"):
+                if "mpserverd-state" in os.readlink(f"/proc/{pid}/fd/{name}"):
+                    with open(f"/proc/{pid}/fd/{name}", "r+b", buffering=0) as state:
+                        os.pwrite(state.fileno(), (99).to_bytes(8, "little"), 8)
+                    break
+            unit.kill()
+            assert "layout 99" in unit.log()
+            assert unit.active() == 0
+        with socket.create_connection(("127.0.0.1", unit.port)) as client:
+            client.sendall(bytes(320))
+        wait_for(lambda: unit.durable() == 480)
+
+
+def test_nothing_can_be_left_where_nobody_keeps_it(tmp_path: pathlib.Path) -> None:
+    with RunningSupervisor(tmp_path) as supervisor:
+        with pytest.raises(DaemonRefusedError, match="no descriptor store"):
+            supervisor.ask("leave")
+        assert supervisor.facts()["pid"] > 0
+
+
+def test_a_row_whose_socket_is_lost_keeps_its_whole_packets(tmp_path: pathlib.Path) -> None:
+    """The carrier did not come back: the client is gone, what it had sent is on disk."""
+    content = senders.payload(SEED, 100_004)
+    with Unit(tmp_path) as unit:
+        with socket.create_connection(("127.0.0.1", unit.port)) as client:
+            client.sendall(content)
+            wait_for(lambda: unit.active() == 1)
+            with unit.tables() as state:
+                wait_for(
+                    lambda: (
+                        int(state.streams[state.streams[:, Str.STATE] == StreamState.OPEN, Str.POSITION][0]) == 100_004
+                    )
+                )
+            for name in [name for name in unit.system.stored_names() if name.startswith("carrier-")]:
+                with unit.system._changed:
+                    unit.system._store.remove(name)
+            unit.kill()
+            wait_for(lambda: unit.active() == 0)
+        wait_for(lambda: unit.durable() == 100_000)
+        assert unit.stored() == hashes([content])
+        assert f"reason={CloseReason.FAILED.word}" in unit.log()
