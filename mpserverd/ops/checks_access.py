@@ -92,9 +92,12 @@ def _socket(site: Site, service: str, uid: int, groups: Sequence[int]) -> Iterat
     path = Path(site.settings.server.control_socket)
     parent = path.parent
     if not parent.is_dir():
-        if not site.unit:  # systemd makes it: RuntimeDirectory=
+        if site.unit:  # systemd makes it: RuntimeDirectory=
+            return
+        above = next(directory for directory in parent.absolute().parents if directory.is_dir())
+        if allowed(above, uid, groups, WRITE | SEARCH):
             make = f"install -d -m 0750 -o {uid} {parent}"
-            yield fault(f"{parent} does not exist, and the control socket belongs there", make)
+            yield fault(f"{parent} does not exist, and {service} cannot make it for the control socket", make)
         return
     if why := allowed(parent, uid, groups, WRITE | SEARCH):
         yield fault(f"{service} cannot make the control socket in {parent}: {why}", f"chown {uid} {parent}")

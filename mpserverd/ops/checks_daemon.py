@@ -24,6 +24,8 @@ def configuration(site: Site) -> Iterator[Finding]:
         level = warning if site.live is not None and not path.exists() else fault
         for line in site.config_faults:
             yield level(line, f"mpserverd --config {path} --check-config")
+        if site.live is None:
+            yield note("until it loads, the other checks judge the default settings")
         return
     differing = _differing(site)
     if differing:

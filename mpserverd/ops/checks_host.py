@@ -33,11 +33,10 @@ def descriptors(site: Site) -> Iterator[Finding]:
         if found is not None:
             seen = True
             yield _enough(f"the daemon (pid {supervisor}) may open", found[0], clients, site)
-    unit_limit = site.unit.get("LimitNOFILE", "")
-    if unit_limit:
+    unit_limit = tune.number(site.unit.get("LimitNOFILE", ""))
+    if unit_limit is not None:
         seen = True
-        files = procfs.UNLIMITED if unit_limit == "infinity" else int(unit_limit)
-        yield _enough("the unit's LimitNOFILE is", files, clients, site)
+        yield _enough("the unit's LimitNOFILE is", unit_limit, clients, site)
     if not seen:
         found = procfs.limits(site.proc, "self", "Max open files") or (0, 0)
         yield _enough("a daemon started from here may open", found[1], clients, site)

@@ -7,6 +7,8 @@ import enum
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from mpserverd.errors import MpserverdError
+
 if TYPE_CHECKING:
     from mpserverd.ops.site import Site
 
@@ -79,3 +81,5 @@ def _looked(site: Site, check: Check) -> Iterator[Finding]:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         yield note(f"could not be looked at: {where}{error.strerror or error}")
+    except MpserverdError as error:
+        yield note(f"could not be looked at: {error}")

@@ -16,24 +16,29 @@ from mpserverd.ops.tune import OPEN_FILES
 
 DAY_S = 86_400
 
-WORKER_NS_PER_BYTE = 5.0 / 16
-STORER_NS_PER_BYTE = 2.5 / 16
-"""docs/benchmarks.md: 5.0 ns a packet of 16 bytes in a worker, checked; at most 2.5 ns in the storer."""
-BATCH_NS = 3_000
-"""One turn of a worker for one connection: epoll, recvmsg, the checker's numpy calls, counters."""
-STORER_NS_PER_STREAM = 40_000
-"""33 to 40 us of CPU a stream and cycle: planning, a write, its share of the sync and of the commit."""
+WORKER_NS_PER_BYTE = 11.4 / 16
+STORER_NS_PER_BYTE = 4.1 / 16
+"""docs/benchmarks.md: CPU of a packet of 16 bytes, received, checked, stored and synced on a busy machine; upper
+bounds."""
+BATCH_NS = 40_000
+"""What a batch costs a worker beyond its bytes: waking up, recvmsg, the calls of the check. 28 to 47 us with 100 and
+200 clients at 10,050 packets/s in batches of 804; more with fewer, when caches are cold."""
+STORER_NS_PER_CYCLE = 1_700_000
+STORER_NS_PER_STREAM = 45_000
+"""CPU of a cycle with 10, 100 and 200 such clients: 2.0, 6.9 and 10.6 ms. A commit, and for each stream a write, its
+share of the sync, and a row."""
 CYCLE_S = 0.1
 STORER_CPU_MAX = 0.9
 """With more the cycle gets longer instead, and acknowledgements wait."""
 DISK_BYTES_PER_S = 1_000_000_000
-"""Direct writes of the machine in docs/benchmarks.md: 0.8 to 1.2 GB/s. ``doctor --probe`` measures yours."""
+"""Direct writes in preallocated files: 0.8 to 1.3 GB/s on the machine of docs/benchmarks.md (its plain writer).
+``doctor --probe`` measures yours."""
 WORKER_CPU_WANTED = 0.6
 """Of one core, so that a burst finds room."""
-PROCESS_BYTES = 48 * limits.MIB
-"""Resident memory of one process of ours with numpy, shared buffers left out."""
-CONNECTION_BYTES = 3 * limits.KIB
-"""Rows of the state table, and Python's objects beside them."""
+PROCESS_BYTES = 16 * limits.MIB
+"""Memory of one process of ours that it shares with no other: 9 to 14 MiB."""
+CONNECTION_BYTES = 22 * limits.KIB
+"""docs/benchmarks.md: memory a client, buffers left out."""
 
 BURST_S = 2.0
 """How long the disk may stand still before the buffers are full."""
@@ -114,7 +119,7 @@ def _cpu(demand: Demand, rate_bytes: float) -> dict[str, Any]:
     """Cores that are busy, and workers for them."""
     turns = demand.clients * demand.rate / demand.batch
     workers_cpu = rate_bytes * WORKER_NS_PER_BYTE / 1e9 + turns * BATCH_NS / 1e9
-    per_cycle = demand.clients * STORER_NS_PER_STREAM / 1e9
+    per_cycle = (STORER_NS_PER_CYCLE + demand.clients * STORER_NS_PER_STREAM) / 1e9
     storer_cpu = rate_bytes * STORER_NS_PER_BYTE / 1e9 + per_cycle / CYCLE_S
     workers = max(2, math.ceil(workers_cpu / WORKER_CPU_WANTED))
     return {

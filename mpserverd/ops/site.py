@@ -13,20 +13,21 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from mpserverd.arena.live import LiveState, open_state
 from mpserverd.config.build import build
 from mpserverd.config.load import load
+from mpserverd.config.options import default
 from mpserverd.config.schema import Config
 from mpserverd.control.client import request
 from mpserverd.errors import ConfigError, MpserverdError, UnreachableError
 from mpserverd.ops import procfs
 
 UNIT = "mpserverd.service"
-UNIT_USER = "_mpserverd"
+SYSTEMD_DIRECTORY = "/run/systemd/system"
+"""There when systemd runs this machine: sd_booted(3)."""
 DEFAULT_CONFIG = "/etc/mpserverd/mpserverd.toml"
-DEFAULT_SOCKET = "/run/mpserverd/control.sock"
+DEFAULT_SOCKET: str = default("server.control_socket")
 INTERVAL_S = 1.0
 """How long counters of the network are watched."""
 _SYSTEMCTL_DEADLINE_S = 3.0
@@ -148,7 +149,7 @@ def _started_with(proc: Path, pid: int) -> tuple[Path | None, list[str]]:
 
 def unit_properties(unit: str = UNIT) -> dict[str, str]:
     """What systemd knows about the service; empty where it does not run, or does not know it."""
-    if not os.path.isdir("/run/systemd/system"):
+    if not os.path.isdir(SYSTEMD_DIRECTORY):
         return {}
     command = ["systemctl", "show", unit, "--property", ",".join(_UNIT_PROPERTIES)]
     try:
@@ -164,10 +165,6 @@ def unit_properties(unit: str = UNIT) -> dict[str, str]:
         return {}
     found = dict(line.partition("=")[::2] for line in answer.stdout.splitlines())
     return found if found.get("LoadState") == "loaded" else {}
-
-
-def facts_of(site: Site) -> dict[str, Any]:
-    return site.live.facts if site.live is not None else {}
 
 
 def _user_name(uid: int) -> str:

@@ -245,6 +245,32 @@ def test_the_doctor_names_who_holds_a_port(tmp_path: pathlib.Path) -> None:
     assert f"(pid {os.getpid()})" in finding["text"]
 
 
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.parametrize(
+    ("options", "check", "words"),
+    [
+        ("size=1m,ro", "file system", "mounted read-only"),
+        ("size=8m", "file system", "tmpfs is memory"),
+        ("size=8m", "disk space", "8,388,608 bytes are free, spool.min_free_bytes is 1,073,741,824"),
+    ],
+)
+def test_the_doctor_sees_what_is_wrong_with_the_disk(
+    tmp_path: pathlib.Path, options: str, check: str, words: str
+) -> None:
+    spool, config = tmp_path / "spool", tmp_path / "mpserverd.toml"
+    spool.mkdir()
+    config.write_text(f'[server]\ncontrol_socket = "{tmp_path}/control.sock"\n[spool]\npath = "{spool}"\n')
+    script = f"mount -t tmpfs -o {options} none {spool} && exec {BIN}/mpserverctl --json doctor --config {config}"
+    answer = subprocess.run(["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, check=False)
+    if "mount" in answer.stderr:
+        pytest.skip(f"mounts are not allowed here: {answer.stderr.strip()}")
+    assert answer.returncode == 1, answer.stderr
+    found = [one for one in json.loads(answer.stdout)["findings"] if one["check"] == check]
+    assert found[0]["level"] == "fault"
+    assert words in found[0]["text"]
+
+
 # -- support-bundle
 
 SECRETS = ("hunter2-token", "s3cr3t-redis", "k3y-material", "pl41n-password", "bearer-abcdef123", "h4sh-of-token")

@@ -7,13 +7,15 @@ import pytest
 
 from mpserverd.arena.counters import Role, column
 from mpserverd.arena.state import STORER_SLOT, Str
+from mpserverd.cli import ctl
+from mpserverd.cli import daemon as cli_daemon
 from mpserverd.config.load import load
 from mpserverd.config.schema import Config
 from mpserverd.errors import ConfigError
 from mpserverd.ops import checks_daemon
 from mpserverd.ops.doctor import CHECKS, diagnose
 from mpserverd.ops.findings import Check, Finding, Level, report
-from mpserverd.ops.site import Site
+from mpserverd.ops.site import DEFAULT_CONFIG, Site
 from tests.unit.arena.live_tables import Tables
 from tests.unit.ops.fake_machine import Machine, levels, only
 
@@ -35,7 +37,7 @@ def test_every_fault_of_the_configuration_is_a_fault(machine: Machine) -> None:
         load(machine.config_path)
     machine.site.config_faults = caught.value.faults
     found = list(checks_daemon.configuration(machine.site))
-    assert levels(found) == [Level.FAULT, Level.FAULT]
+    assert levels(found) == [Level.FAULT, Level.FAULT, Level.NOTE]
     assert "--check-config" in found[0].command
 
 
@@ -135,6 +137,11 @@ def test_dropped_bytes_are_a_warning(live: Site, tables: Tables) -> None:
 
 
 # -- the report
+
+
+def test_the_usual_files_are_those_of_the_programs() -> None:
+    assert DEFAULT_CONFIG == cli_daemon.DEFAULT_CONFIG
+    assert Site().socket_path == ctl.DEFAULT_SOCKET
 
 
 def test_findings_come_worst_first() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +13,7 @@ from mpserverd import limits
 from mpserverd.config.load import loads
 from mpserverd.errors import UsageError
 from mpserverd.net.fdlimit import clients_that_fit
+from mpserverd.ops import plan as module
 from mpserverd.ops.plan import Demand, plan
 
 GIB = 1 << 30
@@ -29,6 +33,30 @@ def test_the_sums_of_a_thousand_ordinary_clients() -> None:
     assert found["descriptors"] == 65_536
     assert found["batch_wait_s"] == pytest.approx(0.08)
     assert found["remarks"] == []
+
+
+@pytest.mark.parametrize(
+    ("clients", "workers", "storer"), [(10, 0.016, 0.022), (100, 0.078, 0.080), (200, 0.102, 0.122)]
+)
+def test_cores_are_near_what_was_measured(clients: int, workers: float, storer: float) -> None:
+    """Workers of few clients took more, in caches that were cold; it is little in any case."""
+    found = plan(Demand(clients, 10_050, 16, 1))
+    assert workers - 0.02 < found["worker_cores"] < 1.6 * workers
+    assert 0.7 * storer < found["storer_cores"] < 1.3 * storer
+
+
+def test_the_sources_of_the_constants_are_what_they_are_said_to_be() -> None:
+    text = (Path(__file__).resolve().parents[3] / "docs" / "benchmarks.md").read_text()
+
+    def measured(name: str) -> float:
+        found = re.search(rf"^\| {re.escape(name)} \| ([0-9.]+) \|", text, flags=re.M)
+        assert found is not None, name
+        return float(found[1])
+
+    whole, storer = measured("received, checked, stored, synced"), measured("of that, the storer")
+    assert pytest.approx((whole - storer) / 16, rel=0.5) == module.WORKER_NS_PER_BYTE
+    assert pytest.approx(storer / 16, rel=0.5) == module.STORER_NS_PER_BYTE
+    assert pytest.approx(measured("memory a client, 250 connected") * 1024, rel=0.5) == module.CONNECTION_BYTES
 
 
 def test_what_one_machine_will_not_do_is_said() -> None:
