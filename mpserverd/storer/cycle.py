@@ -39,6 +39,8 @@ THREADS_BYTES = 1 << 20
 SLOW_WRITE_S = 0.001
 """But a device that takes so long for one write is asked by several at a time."""
 BATCH_PARTS_MAX = 32
+BEGIN_MAX = 500
+"""Streams that get their directory and first file in one cycle (0.2 s): the others shall not wait for 10,000."""
 INDEX_PAIRS_PER_S = 1000
 """A stream gets a pair at most once a second, all together so many: with 10,000 streams each has one in ten seconds."""
 
@@ -81,10 +83,12 @@ class Cycle:
         pending &= self._failures.retry_at[sample.rows] <= now_s
         if now_s < self._failures.catalog_retry_s:
             pending[:] = False
+        begin = np.flatnonzero(pending & ~sample.begun)
+        pending[begin[BEGIN_MAX:]] = False
         ripe = np.flatnonzero(pending)
         most = max(1, self._desk.files.count_max // 2)
-        self.more = len(ripe) > most
-        return ripe[np.argsort(self._since[sample.rows[ripe]])][:most] if self.more else ripe
+        self.more = len(ripe) > most or len(begin) > BEGIN_MAX
+        return ripe[np.argsort(self._since[sample.rows[ripe]])][:most] if len(ripe) > most else ripe
 
     def pressed(self) -> bool:
         """Some worker's stream has half of what it may hold waiting, or half of the arena is in use."""
@@ -119,7 +123,7 @@ class Cycle:
         self._writer.chunks, low, high = sampling.list_chunks(sample, held, ripe, desk.arena)
         durable, offered = sample.durable[ripe].tolist(), sample.offered[ripe].tolist()
         holes = sample.holes[ripe].tolist() if sample.holes[ripe].any() else [[0] * 6] * len(ripe)
-        works = []
+        works: list[Work] = []
         for number, row in enumerate(sample.rows[ripe].tolist()):
             stream = desk.streams.get(row) or desk.learn(row)
             found = plan.published_holes(holes[number], durable[number], offered[number])

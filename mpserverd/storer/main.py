@@ -123,7 +123,7 @@ class Storer:
         """Run a cycle if it is time for one. Returns how many chunks were freed."""
         sample = sample_streams(self._state)
         self._idle = not sample.pending.any()
-        due = self._draining or now_s >= self._next_cycle_s
+        due = self._draining or store.cycle.more or now_s >= self._next_cycle_s
         if self._idle or not (due or store.cycle.pressed()):
             return 0
         ripe = store.cycle.ripe(sample, now_s, urgent=self._draining or self._workers_wait())
@@ -145,7 +145,7 @@ class Storer:
         now_s = time.monotonic()
         until_s = self._next_tick_s
         doze = self._idle and now_s >= self._next_cycle_s
-        if store.cycle.more:
+        if store.more:
             until_s = now_s
         elif not doze:  # under steady traffic nobody need ring: the next look is when the next cycle is due
             until_s = min(until_s, self._next_cycle_s)

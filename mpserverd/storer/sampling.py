@@ -28,7 +28,8 @@ _STATE_BITS = np.uint64(2)
 
 @dataclasses.dataclass(slots=True)
 class Sample:
-    """Stored streams that are OPEN or DRAINING; all arrays go by ``rows``. ``holes`` has six words a row."""
+    """Stored streams that are OPEN or DRAINING; all arrays go by ``rows``. ``holes`` has six words a row.
+    ``begun``: the catalog has it."""
 
     rows: Index
     numbers: U64
@@ -38,6 +39,7 @@ class Sample:
     position: U64
     durable: U64
     holes: U64
+    begun: Bools
 
     @property
     def pending(self) -> Bools:
@@ -70,6 +72,7 @@ def sample_streams(state: StateTable) -> Sample:
         position=streams[rows, Str.POSITION],
         durable=streams[rows, Str.DURABLE],
         holes=streams[rows, Str.HOLE0_FIRST : Str.HOLE1_KIND + 1],
+        begun=streams[rows, Str.CATALOG_ID] != 0,
     )
 
 

@@ -66,8 +66,12 @@ class Store:
 
     def see_off(self) -> int:
         """Finish the streams that are DRAINING and have nothing left to write. Returns how many rows were freed."""
-        rows = self._leaving.draining()
-        return self._leaving.finish(rows) if rows else 0
+        return self._leaving.finish(self._leaving.draining())
+
+    @property
+    def more(self) -> bool:
+        """Something was left undone only because there was enough to do."""
+        return self.cycle.more or self._leaving.more
 
     def put_everything_away(self) -> bool:
         """The daemon stops: every file is cut and every stream said to be disconnected. False: try again."""
