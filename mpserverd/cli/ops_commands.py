@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import textwrap
 from pathlib import Path
 from typing import Any, TextIO
 
 from mpserverd.cli.ctl_commands import Command, Run
 from mpserverd.errors import MpserverdError
 
+LEVEL_WIDTH = 8
+TEXT_WIDTH_MIN = 30
 LEVEL_WORDS = {"fault": "FAULT", "warning": "WARNING", "note": "note", "ok": "ok"}
 
 
@@ -35,10 +39,13 @@ def doctor_command(args: argparse.Namespace, out: TextIO) -> int:
 def _print_findings(report: dict[str, Any], out: TextIO) -> None:
     """Worst first, each with what to type below it."""
     width = max(len(finding["check"]) for finding in report["findings"])
+    indent = " " * (LEVEL_WIDTH + width + 3)
+    columns = shutil.get_terminal_size().columns if out.isatty() else 0
     for finding in report["findings"]:
-        print(f"{LEVEL_WORDS[finding['level']]:8} {finding['check']:{width}}  {finding['text']}", file=out)
+        head = f"{LEVEL_WORDS[finding['level']]:{LEVEL_WIDTH}} {finding['check']:{width}}  "
+        print(_wrapped(head + finding["text"], columns, indent), file=out)
         if finding["command"]:
-            print(f"{'':8} {'':{width}}  -> {finding['command']}", file=out)
+            print(_wrapped(f"{indent}-> {finding['command']}", columns, indent + "   "), file=out)
     counts = report["counts"]
     print(
         f"\n{_counted(counts['fault'], 'fault')}, {_counted(counts['warning'], 'warning')}, "
@@ -47,8 +54,17 @@ def _print_findings(report: dict[str, Any], out: TextIO) -> None:
     )
 
 
+def _wrapped(line: str, columns: int, indent: str) -> str:
+    """On a terminal lines are broken between words; elsewhere they stay whole."""
+    if columns <= len(indent) + TEXT_WIDTH_MIN:
+        return line
+    return textwrap.fill(
+        line, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
+    )
+
+
 def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
@@ -187,9 +203,10 @@ def backup_command(args: argparse.Namespace, out: TextIO) -> int:
         _print_json(out, report)
         return 0 if report["fine"] else 1
     print(
-        f"{report['streams']:,} streams of {spool} as of {report['taken']}: {report['segments']:,} files copied "
+        f"{_counted(report['streams'], 'stream')} of {spool} as of {report['taken']}: "
+        f"{_counted(report['segments'], 'file')} copied "
         f"({human_bytes(report['copied_bytes'])}), {report['kept_segments']:,} kept "
-        f"({human_bytes(report['kept_bytes'])}), {report['removed_files']:,} old ones removed",
+        f"({human_bytes(report['kept_bytes'])}), {report['removed_files']:,} old removed",
         file=out,
     )
     for finding in report["findings"]:

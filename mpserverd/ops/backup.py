@@ -26,7 +26,14 @@ from mpserverd.errors import MpserverdError, SpoolError, UsageError
 from mpserverd.ops import backup_catalog
 from mpserverd.ops.copying import PART_SUFFIX, copy_file, same_owner, sync_directory
 from mpserverd.streams.catalog_file import CATALOG_FILE
-from mpserverd.streams.catalog_view import STREAMS_DIRECTORY, Segment, StreamSnapshot, all_streams, find_stream
+from mpserverd.streams.catalog_view import (
+    STREAMS_DIRECTORY,
+    Segment,
+    StreamSnapshot,
+    all_streams,
+    find_stream,
+    stream_by_id,
+)
 from mpserverd.streams.times import iso_utc
 from mpserverd.streams.verify import verify_streams
 
@@ -211,7 +218,9 @@ class _Copy:
                 self.count.gone += 1  # deleted meanwhile
                 return
             self.count.retaken += attempt == 0
-            stream = next(one for one in self._streams() if one.row.id == number)
+            again = stream_by_id(self._catalog.parent, number)
+            assert again is not None  # it was just written there
+            stream = again
             if attempt:
                 time.sleep(0.05 * attempt)
         for field in dataclasses.fields(Count):

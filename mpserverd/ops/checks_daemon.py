@@ -102,7 +102,7 @@ def storer(site: Site) -> Iterator[Finding]:
     streams = len(site.live.ledger.streams.rows)
     last_s, longest_s = found["cycle_ns"] / 1e9, found["cycle_ns_max"] / 1e9
     allowed_s = max(CYCLE_S_SLOW, site.settings.spool.commit_interval_s, 3 * streams * NS_PER_STREAM / 1e9)
-    text = f"the last cycle took {last_s:.3f} s, the longest {longest_s:.3f} s, with {streams:,} streams now"
+    text = f"the last cycle took {last_s:.3f} s, the longest {longest_s:.3f} s, streams now: {streams:,}"
     bad = False
     if found["full"]:
         bad = True

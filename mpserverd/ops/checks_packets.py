@@ -20,6 +20,7 @@ from mpserverd.ops.site import Site
 from mpserverd.streams.catalog_file import ask
 from mpserverd.streams.catalog_view import StreamSnapshot, all_streams
 from mpserverd.streams.reader import open_stream
+from mpserverd.streams.text import counted
 
 STREAMS_MAX = 16
 """The newest streams tell; more would only take longer."""
@@ -41,7 +42,7 @@ def packet_size(site: Site) -> Iterator[Finding]:
         yield note(f"no stored bytes to judge from: {error}")
         return
     found = [*_jumps(spool, streams), *_cut_ends(streams, truncated)]
-    yield from found or [ok(f"{len(streams):,} streams, nothing contradicts their packet size")]
+    yield from found or [ok(f"nothing in {counted(len(streams), 'stream')} contradicts the packet size")]
 
 
 # -- with a sequence
