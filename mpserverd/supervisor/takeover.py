@@ -20,7 +20,7 @@ import time
 
 from mpserverd import log
 from mpserverd.arena.chunks import LEASED, Arena
-from mpserverd.arena.state import CRASHES_KEPT, Con, ConnectionState, Head, Slot, StateTable
+from mpserverd.arena.state import CRASHES_KEPT, FIRST_WORKER_SLOT, Con, ConnectionState, Head, Slot, StateTable
 from mpserverd.errors import LayoutError, MpserverdError
 from mpserverd.net import tcp_info
 from mpserverd.supervisor.carrier import Carrier
@@ -95,15 +95,26 @@ def look_through(fds: dict[str, list[int]], store: FdStore, now_ns: int) -> Inhe
             os.close(extra)
     claim(ours)
     found.next_number = max(ends, default=0) + 1
-    for number in sorted(ends, reverse=True):
-        if len(ends[number]) == len(carrier_names(number)):
-            found.carriers.append((number, Carrier.from_store(ends[number][name] for name in carrier_names(number))))
-        else:  # the last supervisor died between its two pushes; the older carrier holds everything
-            for name, fd in ends[number].items():
-                os.close(fd)
-                store.remove(name)
+    found.carriers = whole_carriers(ends, store)
     if memory or found.carriers:
         _open_memory(found, memory, store, now_ns)
+    return found
+
+
+def whole_carriers(ends: dict[int, dict[str, int]], store: FdStore) -> list[tuple[int, Carrier]]:
+    """From the ends by number and name, the newest first.
+
+    One end alone means that the supervisor died between its two pushes: an older carrier holds everything, and the end
+    must not stay, since the store's places are few and it says nothing when they are used up.
+    """
+    found = []
+    for number in sorted(ends, reverse=True):
+        if len(ends[number]) == len(carrier_names(number)):
+            found.append((number, Carrier.from_store(ends[number][name] for name in carrier_names(number))))
+            continue
+        for name, fd in ends[number].items():
+            os.close(fd)
+            store.remove(name)
     return found
 
 
@@ -184,6 +195,7 @@ def clear_slots(state: StateTable) -> None:
     """Nobody has a slot; what counts up goes on from where it stood."""
     state.slots[:, [Slot.PID, Slot.STATE, Slot.CONNECTIONS, Slot.WANTS, Slot.DOZING, Slot.RATE_MILLI]] = 0
     state.slots[:, [Slot.CPU_MILLI, Slot.RSS_BYTES]] = 0
+    state.slots[FIRST_WORKER_SLOT:, Slot.IN_HAND] = 0
 
 
 class Unloading:

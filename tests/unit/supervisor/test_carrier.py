@@ -20,7 +20,7 @@ from mpserverd.supervisor.carrier import FDS_A_MESSAGE_MAX, Carrier
 from mpserverd.supervisor.fd_store import FdStore
 from mpserverd.supervisor.keeping import Keeping, carrier_names, carrier_number
 from mpserverd.supervisor.loop import Loop
-from mpserverd.supervisor.takeover import Unloading
+from mpserverd.supervisor.takeover import Unloading, whole_carriers
 
 KILLS = int(os.environ.get("MPSERVERD_TEST_KILLS", "100"))
 SEED = int(os.environ.get("MPSERVERD_TEST_SEED", "10"))
@@ -102,14 +102,18 @@ class Store:
     def numbers(self) -> set[int]:
         return {number for name in self.held.names() if (number := carrier_number(name)) is not None}
 
+    def ends(self) -> dict[int, dict[str, int]]:
+        """Copies of what is in the store, by number and name."""
+        found: dict[int, dict[str, int]] = {}
+        for entry in self.held.hand_back():
+            number = carrier_number(entry.name)
+            if number is not None:
+                found.setdefault(number, {})[entry.name] = os.dup(entry.fd)
+        return found
+
     def carriers(self) -> list[tuple[int, Carrier]]:
-        """Each whole pair in the store, the newest first, on copies of its ends."""
-        ends = {entry.name: entry.fd for entry in self.held.hand_back()}
-        return [
-            (number, Carrier.from_store(os.dup(ends[name]) for name in carrier_names(number)))
-            for number in sorted(self.numbers(), reverse=True)
-            if all(name in ends for name in carrier_names(number))
-        ]
+        """Each whole pair in the store, on copies of its ends."""
+        return whole_carriers(self.ends(), FdStore({}))
 
     def cookies(self) -> set[int]:
         """Of everything that lies in the carriers: taken out, and put back."""
@@ -127,7 +131,7 @@ class Store:
 def exchange_for_ever(store: Store) -> NoReturn:
     """What a supervisor does with carriers, from its start on."""
     towards = FdStore({"NOTIFY_SOCKET": store.socket.name})
-    unloading = Unloading(towards, store.carriers(), max(store.numbers()) + 1)
+    unloading = Unloading(towards, whole_carriers(store.ends(), towards), max(store.numbers()) + 1)
     fresh = unloading.run()
     assert fresh is not None
     core = types.SimpleNamespace(loop=Loop())
