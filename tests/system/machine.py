@@ -30,7 +30,7 @@ POLL_S = 0.05
 SUITE = "bookworm"
 TOOLS = ("mmdebstrap", "systemd-nspawn", "nsenter", "dpkg-buildpackage", "lintian")
 BASE_PACKAGES = ("systemd", "systemd-sysv", "dbus", "libpam-systemd", "procps", "apparmor")
-LATER_PACKAGES = ("logrotate", "fish", "bash-completion")
+LATER_PACKAGES = ("logrotate", "fish", "bash-completion", "openrc")
 """Not installed, but in the machine's package cache."""
 ENVIRONMENT = ("env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LANG=C.UTF-8", "PAGER=cat")
 _numbers = itertools.count(1)

@@ -315,6 +315,26 @@ def test_sysv_script_starts_reloads_and_stops(machine: Machine) -> None:
     assert_serves(machine)
 
 
+def test_openrc_script_starts_reloads_and_stops(machine: Machine) -> None:
+    machine.run("systemctl", "stop", UNIT)
+    machine.apt("install", "openrc")
+    machine.sh("""
+        install -m 755 /usr/share/doc/mpserverd/examples/openrc/mpserverd /etc/init.d/mpserverd-openrc
+        mkdir -p /run/openrc
+        touch /run/openrc/softlevel
+    """)
+    machine.run("rc-service", "--nodeps", "mpserverd-openrc", "start")
+    assert_serves(machine)
+    machine.run("rc-service", "mpserverd-openrc", "reload")
+    assert_serves(machine)
+    machine.run("rc-service", "--nodeps", "mpserverd-openrc", "stop")
+    assert machine.run("pgrep", "-u", "_mpserverd", check=False).returncode == 1
+    machine.run("rm", "/etc/init.d/mpserverd-openrc")
+    machine.apt("purge", "openrc")
+    machine.run("systemctl", "start", UNIT)
+    assert_serves(machine)
+
+
 def test_limits_of_sessions_are_those_of_operators_only(machine: Machine) -> None:
     # a container has less to give than the file asks for, and pam_limits then gives nothing
     machine.sh("sed -i s/65536/4096/ /etc/security/limits.d/60-mpserverd.conf")
