@@ -68,6 +68,8 @@ class StreamFlag(enum.IntFlag):
 class ConnectionFlag(enum.IntFlag):
     PAUSED = 1
     KICKED = 2
+    QUARANTINED = 4
+    """Its worker ends it without looking at what it sent."""
 
 
 class CloseReason(enum.IntEnum):
@@ -100,6 +102,7 @@ class RefuseReason(enum.IntEnum):
     NO_DESCRIPTORS = 5
     STOPPING = 6
     NO_ROWS = 7
+    QUARANTINED = 8
 
     @property
     def word(self) -> str:
@@ -163,6 +166,8 @@ class Slot:
     )
     COUNTER = 16
     """First of the counters that the role names for itself (arena/counters.py)."""
+    IN_HAND = 47
+    """Worker: 1 + row of the connection that it is reading or checking just now; 0 for none."""
     REASONS = 48
     """First of 16 counters by CloseReason (worker) or RefuseReason (supervisor)."""
 

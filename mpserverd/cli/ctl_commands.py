@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from mpserverd.config.words import LogLevel
 from mpserverd.control.client import request
+from mpserverd.errors import UsageError
 
 if TYPE_CHECKING:
     from mpserverd.arena.live import LiveState
@@ -166,6 +167,20 @@ def loglevel_command(args: argparse.Namespace, out: TextIO) -> int:
     return 0
 
 
+def quarantine_command(args: argparse.Namespace, out: TextIO) -> int:
+    from mpserverd.cli.views import quarantine_view  # noqa: PLC0415
+
+    if args.action == "list":
+        entries = request(args.socket, "quarantine")
+        _print(args, out, entries, lambda: quarantine_view(entries, out))
+        return 0
+    if args.target is None:
+        raise UsageError("name the client to release, as `quarantine list` shows it, or all")
+    report = request(args.socket, "release", target=args.target)
+    _print(args, out, report, lambda: print(f"released {', '.join(report['released']) or 'nobody'}", file=out))
+    return 0
+
+
 def leave_command(args: argparse.Namespace, out: TextIO) -> int:
     if args.if_restarting is not None:
         from mpserverd.cli.restarting import is_restarting  # noqa: PLC0415
@@ -240,6 +255,11 @@ def _target_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _level_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("level", choices=list(LogLevel), metavar="LEVEL", help=", ".join(LogLevel))
+
+
+def _quarantine_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=("list", "release"), metavar="ACTION", help="list, release")
+    parser.add_argument("target", nargs="?", metavar="CLIENT", help="whom to release: an id, address or stream, or all")
 
 
 def _leave_arguments(parser: argparse.ArgumentParser) -> None:
@@ -324,6 +344,13 @@ _ROWS = (
         "what is logged from now on",
         "Change the level of what is logged, until the next reload.",
         add_arguments=_level_arguments,
+    ),
+    Command(
+        "quarantine",
+        quarantine_command,
+        "clients that are refused because workers died on what they sent",
+        "List the clients in quarantine, or let one in again.",
+        add_arguments=_quarantine_arguments,
     ),
     Command(
         "leave",

@@ -174,6 +174,15 @@ def event_time(unix_ns: int) -> str:
     return f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03d}Z"
 
 
+def quarantine_view(entries: list[dict[str, Any]], out: TextIO) -> None:
+    for entry in entries:
+        until = event_time(round(entry["until_unix_s"] * 1e9)) if entry["until_unix_s"] else "released"
+        since = event_time(round(entry["since_unix_s"] * 1e9))
+        print(f"{entry['client']}  stream {entry['stream']}, since {since}, until {until}", file=out)
+    if not entries:
+        print("nobody is in quarantine", file=out)
+
+
 def target_view(command: str, report: dict[str, Any], out: TextIO) -> None:
     """What kick, pause or resume was passed on to."""
     connections = report["connections"]

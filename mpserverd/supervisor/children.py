@@ -69,6 +69,8 @@ class Child:
     held: bool = False
     """Its messages wait for room in the kernel, and a timer looks again."""
     killed_why: str = ""
+    exit_status: int = 0
+    """How the last incarnation ended, as waitpid says it."""
     last_words: str = ""
     """Text of its last EVENT; why a storer could not start."""
     forked_ns: int = 0
@@ -78,6 +80,12 @@ class Child:
     @property
     def name(self) -> str:
         return f"worker-{self.index}" if self.role is Role.WORKER else "storer"
+
+    @property
+    def was_killed_by_others(self) -> bool:
+        """SIGKILL that was not ours: an operator, or the kernel for want of memory. No fault of what it did."""
+        by_signal = os.WIFSIGNALED(self.exit_status) and os.WTERMSIG(self.exit_status) == signal.SIGKILL
+        return by_signal and not self.killed_why
 
     @property
     def takes_connections(self) -> bool:
@@ -209,6 +217,8 @@ class Children:
         for counter in COUNTERS:
             if counter.role is child.role and counter.gauge:
                 row[counter.column] = 0
+        if child.role is Role.WORKER:
+            row[Slot.IN_HAND] = 0
         row[Slot.LEASE] = child.lease
         row[Slot.STARTED_MONO_NS] = row[Slot.HEARTBEAT_MONO_NS] = row[Slot.PROGRESS_MONO_NS] = child.forked_ns
 
@@ -360,6 +370,7 @@ class Children:
         self._set(child, Slot.PID, 0)
         for column in (Slot.CONNECTIONS, Slot.WANTS, Slot.DOZING, Slot.RATE_MILLI, Slot.CPU_MILLI, Slot.RSS_BYTES):
             self._set(child, column, 0)
+        child.exit_status = status
         lived_s = (time.monotonic_ns() - child.forked_ns) / 1e9
         self._tell_death(child, status, lived_s)
         self.on_death(child)

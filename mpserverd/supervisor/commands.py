@@ -52,6 +52,8 @@ COMMANDS: tuple[Command, ...] = (
     Command("kick", "kick", Privilege.CHANGE, "Close the connections that `target` names."),
     Command("pause", "pause", Privilege.CHANGE, "Stop reading the connections that `target` names."),
     Command("resume", "resume", Privilege.CHANGE, "Read them again."),
+    Command("quarantine", "list_quarantine", Privilege.READ, "Clients that are refused because workers died on them."),
+    Command("release", "release", Privilege.CHANGE, "Let the quarantined clients that `target` names in again."),
     Command("reload", "reload_config", Privilege.CHANGE, "Read the configuration again and take it over."),
     Command("leave", "leave", Privilege.CHANGE, "Exit at once; everything waits in systemd's store for a successor."),
     Command("loglevel", "set_log_level", Privilege.CHANGE, "Change the log `level` of all processes until a reload."),
@@ -153,7 +155,20 @@ class Commands:
             raise UsageError(f"since is {since!r:.60}, not an event's number")
         return self._core.events.since(since)
 
+    def list_quarantine(self, _: dict[str, Any]) -> list[dict[str, Any]]:
+        return [dataclasses.asdict(entry) for entry in self._connections.quarantine.entries(time.time())]
+
     # -- changing
+
+    def release(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        target = arguments.get("target")
+        if not isinstance(target, str) or not target:
+            raise UsageError("name a client as `quarantine list` shows it, or all")
+        released = self._connections.quarantine.release(target)
+        if not released and target != "all":
+            raise MpserverdError(f"nobody in quarantine is called {target!r:.200}")
+        self._connections.on_quarantine()
+        return {"released": released}
 
     def kick(self, arguments: dict[str, Any]) -> dict[str, Any]:
         return self._each(arguments, self._connections.kick)

@@ -22,6 +22,7 @@ import numpy as np
 
 from mpserverd import log
 from mpserverd.arena.state import (
+    Check,
     CloseReason,
     Con,
     ConnectionFlag,
@@ -41,6 +42,7 @@ from mpserverd.supervisor.core import Core
 from mpserverd.supervisor.lost import finish_without_socket
 from mpserverd.supervisor.naming import join_address, peer_stream_name, peer_text, split_address
 from mpserverd.supervisor.placement import Load, choose
+from mpserverd.supervisor.quarantine import DEATHS_MAX, QUARANTINE_S, Quarantine
 from mpserverd.supervisor.stream_rows import StreamRows
 
 logger = logging.getLogger(__name__)
@@ -102,6 +104,8 @@ class Connections:
         self._lost: dict[int, Connection] = {}
         self.carry: Callable[[int, int], None] = _nothing
         """Called with cookie and descriptor of a newcomer that has its row."""
+        self.quarantine = Quarantine()
+        self.on_quarantine: Callable[[], None] = _nothing
         self.on_gone: Callable[[], None] = _nothing
         self.by_listener: Counter[str] = Counter()
         self.by_address: Counter[tuple[str, Address]] = Counter()
@@ -410,6 +414,7 @@ class Connections:
 
     def orphan(self, child: Child) -> None:
         """Its pidfd fired: finish what it finished, give the rest to others. The kernel knows how far it read."""
+        self._suspect(child)
         rows, child.rows = sorted(child.rows), set()
         adopted = 0
         for row in rows:
@@ -432,6 +437,43 @@ class Connections:
                 count=adopted,
                 of=child.name,
             )
+
+    def _suspect(self, child: Child) -> None:
+        """Note what the dead worker had in hand; put it into quarantine when it is once too often."""
+        table = self._core.state
+        row = int(table.slots[child.slot, Slot.IN_HAND]) - 1
+        connection = self._by_row.get(row)
+        if connection is None or connection.stream is None or connection.worker is not child:
+            return
+        if child.was_killed_by_others or self._state_of(connection) is not ConnectionState.ASSIGNED:
+            return
+        stream = table.streams[connection.stream]
+        record = (Str.CHECK0, Str.CHECK1)[int(stream[Str.CHECK_SELECT]) & 1]
+        if self.quarantine.died(int(stream[Str.NUMBER]), int(stream[record + Check.CHECKED]), time.monotonic()):
+            self._put_into_quarantine(connection)
+
+    def _put_into_quarantine(self, connection: Connection) -> None:
+        self._flag(connection, ConnectionFlag.QUARANTINED, on=True)
+        name = connection.client if connection.client is not None else str(connection.address)
+        stream = self.stream_name(connection)
+        entry = self.quarantine.add(name, stream, time.time(), named=connection.client is not None)
+        self.on_quarantine()
+        self._core.note(
+            logger,
+            logging.ERROR,
+            "stream quarantined",
+            message_id=log.MessageId.STREAM_QUARANTINED,
+            stream=stream,
+            peer=connection.peer,
+            client=name,
+            why=f"{DEATHS_MAX} workers died on it at the same packet",
+            refused="until released" if not entry.until_unix_s else f"for {QUARANTINE_S:.0f} s",
+        )
+
+    def is_quarantined(self, address: Address) -> bool:
+        """Whether who comes from there is to be refused."""
+        client = self._clients.find(address)
+        return self.quarantine.refuses(client[1] if client is not None else str(address), time.time())
 
     def released(self, row: int) -> None:
         """A worker let go of it (hand over): on to the next."""

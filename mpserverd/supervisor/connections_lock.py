@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import select
 import signal
 import time
 
@@ -53,7 +52,6 @@ def kill_leftovers(state: StateTable) -> list[int]:
                 if _has_open(pid, state.fd):
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                     killed.append(pid)
-                    select.select([pidfd], [], [], _LOOK_AGAIN_S)
             finally:
                 os.close(pidfd)
     return sorted(killed)

@@ -175,6 +175,7 @@ class Supervisor:
         self._keeping = Keeping(core, self._store, self._connections.dups)
         self._connections.carry = self._keeping.carry
         self._connections.on_gone = self._keeping.ended
+        self._connections.on_quarantine = self._write_facts
         self._accepting = Accepting(core, self._connections)
         self._accepting.on_change = self._listeners_changed
         self._accepting.has_room = self._keeping.has_room
@@ -255,6 +256,7 @@ class Supervisor:
         known, layouts = known_listeners(facts)
         core.listeners.update(known)
         core.config = dataclasses.replace(core.config, layouts={**layouts.layouts, **core.config.layouts})
+        self._connections.quarantine.take_up(facts.get("quarantine", []))
         self._accepting.next_id = max([int(facts.get("next_id", 1)), *(number + 1 for number in known)])
 
     def _take_up(self) -> None:
@@ -279,9 +281,13 @@ class Supervisor:
             of="supervisor",
         )
 
-    def _listeners_changed(self) -> None:
+    def _write_facts(self) -> None:
         core = self._core
-        self._facts.write(listener_facts(core.config, core.listeners, self._accepting.next_id))
+        facts = listener_facts(core.config, core.listeners, self._accepting.next_id)
+        self._facts.write({**facts, "quarantine": self._connections.quarantine.facts()})
+
+    def _listeners_changed(self) -> None:
+        self._write_facts()
         self._keeping.keep_listeners(self._accepting.fds())
 
     def _await_spool(self) -> None:

@@ -241,9 +241,11 @@ def await_barrier(store: FdStore) -> None:
         return
     try:
         deadline_s = time.monotonic() + BARRIER_S
+        poll = select.poll()
+        poll.register(barrier, select.POLLIN)
         while time.monotonic() < deadline_s:
             store.flush()
-            if select.select([barrier], [], [], 0.01)[0]:
+            if poll.poll(10):
                 return
     finally:
         os.close(barrier)

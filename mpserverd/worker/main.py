@@ -70,6 +70,7 @@ class Worker:
         self._pool = LeasePool(self._arena, self._state, launch.lease)
         self._words = self._state.words
         self._slot = self._state.slot_base(launch.slot)
+        self._in_hand = self._slot + Slot.IN_HAND
         self._storer_slot = self._state.slot_base(STORER_SLOT)
         self._channel = Channel(socket.socket(fileno=launch.channel_fd))
         self._unsent: list[Message] = []
@@ -132,6 +133,7 @@ class Worker:
             self._ask_for_chunks(now_s)
             if self._unsent:
                 self._flush()
+            self._words[self._in_hand] = 0
         self._leave()
 
     def _patience_s(self, next_pass_s: float, next_tick_s: float) -> float:
@@ -144,6 +146,7 @@ class Worker:
         return max(0.0, until_s - now_s)
 
     def _read(self, connection: Connection) -> None:
+        self._words[self._in_hand] = connection.row + 1
         reason = connection.read()
         received = connection.received_since
         if received:
@@ -171,6 +174,7 @@ class Worker:
         offered = False
         waiting = set()
         for connection in self._dirty:
+            self._words[self._in_hand] = connection.row + 1
             offered |= connection.check_and_offer()
             connection.last_received_ns = now_ns
             if connection.window.drops and connection.unoffered_bytes:
@@ -238,6 +242,7 @@ class Worker:
         """Try blocked streams again, and ends that waited for a commit."""
         self._pool.refresh()
         for connection in list(self._blocked):
+            self._words[self._in_hand] = connection.row + 1
             connection.check_and_offer()
             if connection.paused or not (
                 connection.window.room(connection.window.chunk_bytes) or connection.window.drops
@@ -333,6 +338,7 @@ class Worker:
             sock.close()
             return
         sock.setblocking(False)
+        words[self._in_hand] = row + 1
         try:
             connection = Connection(self._state, self._pool, row, sock, self._checker_for)
         except StaleHintError as stale:
@@ -348,6 +354,9 @@ class Worker:
         self._dirty.add(connection)
         self._words[self._counter["attached"]] += 1
         self._words[self._slot + Slot.CONNECTIONS] = len(self._by_row)
+        if words[base + Con.FLAGS] & ConnectionFlag.QUARANTINED:
+            self._finish(connection, CloseReason.QUARANTINED)
+            return
         self._register(connection)
 
     def _checker_for(self, stream_row: int) -> Checker:
@@ -366,6 +375,7 @@ class Worker:
             connection.registered = False
 
     def _finish(self, connection: Connection, reason: CloseReason) -> None:
+        self._words[self._in_hand] = connection.row + 1
         self._unregister(connection)
         if not connection.finish(reason):
             self._closing.add(connection)

@@ -1,0 +1,113 @@
+"""Workers that die on one stream; the death is made by hand, where a fault of the program would be."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mpserverd.arena.state import FIRST_WORKER_SLOT, CloseReason, Con, RefuseReason, Slot, StateTable
+from mpserverd.control.client import DaemonRefusedError
+from tests.integration.supervisor_driver import RunningSupervisor, packets, wait_for
+from tests.integration.test_supervisor_clients import CLIENT, closed_at_once, refused
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Iterator[RunningSupervisor]:
+    more = CLIENT.replace("127.0.0.0/8", "127.0.0.7")
+    with RunningSupervisor(tmp_path, workers=1, more=more) as running:
+        yield running
+
+
+def writable_state(pid: int) -> StateTable:
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        if "mpserverd-state" in os.readlink(f"/proc/{pid}/fd/{name}"):
+            return StateTable(os.open(f"/proc/{pid}/fd/{name}", os.O_RDWR | os.O_CLOEXEC))
+    raise AssertionError(f"process {pid} has no state table")
+
+
+def die_of(supervisor: RunningSupervisor, row: int, number: signal.Signals = signal.SIGSEGV) -> None:
+    """The worker dies of ``number`` with connection ``row`` in hand, and its successor takes up what it had."""
+    (worker,) = wait_for(supervisor.workers)
+    pid = int(worker["pid"])
+    wait_for(lambda: supervisor.word(Con.STATE) == [2])
+    time.sleep(0.1)  # it takes its connections up before it dies
+    state = writable_state(pid)
+    os.kill(pid, signal.SIGSTOP)
+    state.words[state.slot_base(FIRST_WORKER_SLOT) + Slot.IN_HAND] = row + 1
+    os.kill(pid, number)
+    os.kill(pid, signal.SIGCONT)
+    wait_for(lambda: [w["pid"] for w in supervisor.workers() if w["pid"] != pid])
+    os.close(state.fd)
+
+
+def row_of(supervisor: RunningSupervisor) -> int:
+    with supervisor.tables() as (_, state, _):
+        (row,) = (state.connections[:, Con.STATE] != 0).nonzero()[0].tolist()
+    return int(row)
+
+
+def reasons(supervisor: RunningSupervisor, reason: CloseReason) -> int:
+    with supervisor.tables() as (_, state, _):
+        return int(state.slots[FIRST_WORKER_SLOT:, Slot.REASONS + reason].sum())
+
+
+def connect_from(supervisor: RunningSupervisor, address: str) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", supervisor.port), source_address=(address, 0))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.7", "127.0.0.9"])
+def test_three_deaths_on_one_stream_quarantine_it_and_its_client(supervisor: RunningSupervisor, address: str) -> None:
+    """What it had sent is stored; it is refused until it is released, and others are served."""
+    with connect_from(supervisor, address) as client:
+        client.sendall(packets(50))
+        wait_for(lambda: supervisor.taken() == [800])
+        row = row_of(supervisor)
+        for _ in range(3):
+            die_of(supervisor, row) if supervisor.word(Con.STATE) else None
+        assert client.recv(1) == b""
+    wait_for(lambda: list(supervisor.stored().values()) == [packets(50)])
+    assert reasons(supervisor, CloseReason.QUARANTINED) == 1
+    (entry,) = supervisor.ask("quarantine")
+    assert entry["client"] == ("pump" if address == "127.0.0.7" else address)
+    with connect_from(supervisor, address) as again:
+        assert closed_at_once(again)
+    assert refused(supervisor, RefuseReason.QUARANTINED) == 1
+    with connect_from(supervisor, "127.0.0.8") as other:
+        other.sendall(packets(2))
+        wait_for(lambda: supervisor.taken() == [32])
+    assert supervisor.ask("release", target=entry["client"]) == {"released": [entry["client"]]}
+    with connect_from(supervisor, address) as back:
+        back.sendall(packets(2))
+        wait_for(supervisor.taken)
+    with pytest.raises(DaemonRefusedError, match="nobody"):
+        supervisor.ask("release", target="nobody-else")
+
+
+def test_a_worker_that_somebody_kills_leaves_no_suspicion(supervisor: RunningSupervisor) -> None:
+    with supervisor.connect() as client:
+        client.sendall(packets(50))
+        wait_for(lambda: supervisor.taken() == [800])
+        row = row_of(supervisor)
+        for _ in range(4):
+            die_of(supervisor, row, signal.SIGKILL)
+        client.sendall(packets(50))
+        wait_for(lambda: supervisor.taken() == [1600])
+    assert supervisor.ask("quarantine") == []
+
+
+def test_a_stream_that_gets_on_between_deaths_is_innocent(supervisor: RunningSupervisor) -> None:
+    with supervisor.connect() as client:
+        client.sendall(packets(50))
+        wait_for(lambda: supervisor.taken() == [800])
+        row = row_of(supervisor)
+        for turn in range(4):
+            die_of(supervisor, row)
+            client.sendall(packets(50))
+            wait_for(lambda: supervisor.taken()[0] % 1600 == 800 * (turn % 2))  # noqa: B023
+    assert supervisor.ask("quarantine") == []
