@@ -10,7 +10,7 @@ sys.path.insert(0, MODULES)
 # `mpload chaos` starts a daemon and clients of its own, from the same modules.
 os.environ["PYTHONPATH"] = MODULES
 
-from mpserverd.cli.load import main
+from mpserverd.cli.load import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())
