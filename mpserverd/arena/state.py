@@ -103,6 +103,7 @@ class RefuseReason(enum.IntEnum):
     STOPPING = 6
     NO_ROWS = 7
     QUARANTINED = 8
+    DRAINING = 9
 
     @property
     def word(self) -> str:
@@ -208,6 +209,8 @@ class Phase(enum.IntEnum):
     STARTING = 0
     SERVING = 1
     STOPPING = 2
+    DRAINING = 3
+    """No new connections are let in, by an operator's wish; the others go on."""
 
 
 class Gone:

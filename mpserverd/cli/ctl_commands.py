@@ -167,6 +167,14 @@ def loglevel_command(args: argparse.Namespace, out: TextIO) -> int:
     return 0
 
 
+def drain_command(args: argparse.Namespace, out: TextIO) -> int:
+    """drain and undrain."""
+    report = request(args.socket, args.command)
+    what = "no new connections are let in" if report["draining"] else "new connections are let in"
+    _print(args, out, report, lambda: print(f"{what}; {report['connections']} are there", file=out))
+    return 0
+
+
 def quarantine_command(args: argparse.Namespace, out: TextIO) -> int:
     from mpserverd.cli.views import quarantine_view  # noqa: PLC0415
 
@@ -345,6 +353,8 @@ _ROWS = (
         "Change the level of what is logged, until the next reload.",
         add_arguments=_level_arguments,
     ),
+    Command("drain", drain_command, "let no new connections in; the others go on", "Let no new connections in."),
+    Command("undrain", drain_command, "let new connections in again", "Let new connections in again."),
     Command(
         "quarantine",
         quarantine_command,

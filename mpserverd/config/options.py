@@ -148,6 +148,15 @@ _SERVER = (
     ),
     Option(
         "server",
+        "reload_timeout_s",
+        Number(0.5, limits.TIMEOUT_S_MAX),
+        15.0,
+        _RELOAD,
+        "At a reload, an old worker that has not handed over by then is killed, and its connections are adopted.",
+        "s",
+    ),
+    Option(
+        "server",
         "heartbeat_timeout_s",
         Number(limits.HEARTBEAT_TIMEOUT_S_MIN, limits.TIMEOUT_S_MAX),
         10.0,

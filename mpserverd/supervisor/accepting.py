@@ -243,6 +243,8 @@ class Accepting:
             free_row_count=connections.free_row_count,
         )
         reason = refuse_reason(limits, standing)
+        if reason is RefuseReason.NONE and self._core.draining:
+            reason = RefuseReason.DRAINING
         if reason is RefuseReason.NONE and connections.is_quarantined(address):
             reason = RefuseReason.QUARANTINED
         if reason is not RefuseReason.NONE:

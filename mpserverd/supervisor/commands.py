@@ -52,6 +52,8 @@ COMMANDS: tuple[Command, ...] = (
     Command("kick", "kick", Privilege.CHANGE, "Close the connections that `target` names."),
     Command("pause", "pause", Privilege.CHANGE, "Stop reading the connections that `target` names."),
     Command("resume", "resume", Privilege.CHANGE, "Read them again."),
+    Command("drain", "drain", Privilege.CHANGE, "Let no new connections in; the others go on."),
+    Command("undrain", "undrain", Privilege.CHANGE, "Let new connections in again."),
     Command("quarantine", "list_quarantine", Privilege.READ, "Clients that are refused because workers died on them."),
     Command("release", "release", Privilege.CHANGE, "Let the quarantined clients that `target` names in again."),
     Command("reload", "reload_config", Privilege.CHANGE, "Read the configuration again and take it over."),
@@ -73,9 +75,12 @@ class Commands:
         accepting: Accepting,
         reload: Reload,
         leave: Callable[[str], None],
+        keep_facts: Callable[[], None],
     ) -> None:
-        """``leave`` says who asked, and raises MpserverdError when it cannot be."""
+        """``leave`` says who asked, and raises MpserverdError when it cannot be. ``keep_facts`` keeps what changed for
+        the next supervisor."""
         self._leave = leave
+        self._keep_facts = keep_facts
         self._core = core
         self._children = children
         self._connections = connections
@@ -160,6 +165,25 @@ class Commands:
 
     # -- changing
 
+    def drain(self, _: dict[str, Any]) -> dict[str, Any]:
+        return self._set_draining(True)
+
+    def undrain(self, _: dict[str, Any]) -> dict[str, Any]:
+        return self._set_draining(False)
+
+    def _set_draining(self, draining: bool) -> dict[str, Any]:
+        core = self._core
+        if core.stopping:
+            raise MpserverdError("the daemon stops")
+        if core.draining != draining:
+            core.draining = draining
+            core.show_phase()
+            self._keep_facts()
+            core.note(
+                logger, logging.INFO, "draining" if draining else "serving again", connections=len(self._connections)
+            )
+        return {"draining": draining, "connections": len(self._connections)}
+
     def release(self, arguments: dict[str, Any]) -> dict[str, Any]:
         target = arguments.get("target")
         if not isinstance(target, str) or not target:
@@ -167,7 +191,7 @@ class Commands:
         released = self._connections.quarantine.release(target)
         if not released and target != "all":
             raise MpserverdError(f"nobody in quarantine is called {target!r:.200}")
-        self._connections.on_quarantine()
+        self._keep_facts()
         return {"released": released}
 
     def kick(self, arguments: dict[str, Any]) -> dict[str, Any]:

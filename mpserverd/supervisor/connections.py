@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import select
 import socket
@@ -70,6 +71,9 @@ class Connection:
     client_index: int = 0
     stream: int | None = None
     worker: Child | None = None
+    bound_for: Child | None = None
+    """Who gets it when its worker lets go of it."""
+    moved_s: float = -math.inf
     deadline_s: float = 0.0
 
     @property
@@ -376,7 +380,9 @@ class Connections:
             self._homeless[connection.row] = connection
             return
         self._homeless.pop(connection.row, None)
-        worker = self._choose(workers)
+        worker = connection.bound_for if connection.bound_for in workers else None
+        worker = worker or self._choose(workers)
+        connection.bound_for = None
         connection.worker = worker
         worker.rows.add(connection.row)
         self._newcomers[worker.slot] += 1
@@ -474,6 +480,12 @@ class Connections:
         """Whether who comes from there is to be refused."""
         client = self._clients.find(address)
         return self.quarantine.refuses(client[1] if client is not None else str(address), time.time())
+
+    def move(self, row: int, target: Child) -> None:
+        """Hand it over to another worker that runs."""
+        connection = self._by_row[row]
+        connection.bound_for, connection.moved_s = target, time.monotonic()
+        self._tell(connection, Message(Kind.DETACH, row))
 
     def released(self, row: int) -> None:
         """A worker let go of it (hand over): on to the next."""

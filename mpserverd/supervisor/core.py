@@ -14,7 +14,7 @@ from typing import Any
 from mpserverd import log
 from mpserverd.arena.chunks import Arena
 from mpserverd.arena.counters import Role, column
-from mpserverd.arena.state import FIRST_WORKER_SLOT, SUPERVISOR_SLOT, RefuseReason, Slot, StateTable
+from mpserverd.arena.state import FIRST_WORKER_SLOT, SUPERVISOR_SLOT, Head, Phase, RefuseReason, Slot, StateTable
 from mpserverd.config.schema import Config, ListenerConfig
 from mpserverd.limits import WORKERS_MAX
 from mpserverd.supervisor.events import EventRing
@@ -72,6 +72,8 @@ class Core:
     """What the tables and limits made at the start allow; a reload may raise ``max_clients`` up to this."""
     listeners: dict[int, ListenerConfig] = dataclasses.field(default_factory=dict)
     stopping: bool = False
+    draining: bool = False
+    """No new connections are let in; set by the command drain."""
     spool_lock_fd: int = -1
     connections_lock_fd: int = -1
     may_store: bool = True
@@ -100,6 +102,12 @@ class Core:
 
     def set_head(self, word: int, value: int) -> None:
         self.state.words[word] = value
+
+    def show_phase(self) -> None:
+        """For whoever looks into the tables, once the daemon is ready."""
+        self.set_head(
+            Head.PHASE, Phase.STOPPING if self.stopping else Phase.DRAINING if self.draining else Phase.SERVING
+        )
 
     def ring_storer(self) -> None:
         ring(self.bells.storer)

@@ -38,6 +38,7 @@ from mpserverd.supervisor.fd_store import FdStore, inherited
 from mpserverd.supervisor.keeping import Keeping
 from mpserverd.supervisor.leases import Leases
 from mpserverd.supervisor.loop import READ, Loop
+from mpserverd.supervisor.rebalancing import Rebalancing
 from mpserverd.supervisor.reload import Reload
 from mpserverd.supervisor.remembered import Remembered, known_listeners, listener_facts
 from mpserverd.supervisor.resources import (
@@ -181,8 +182,17 @@ class Supervisor:
         self._accepting.has_room = self._keeping.has_room
         self._leases = Leases(core)
         self._stats = StatsTick(core, self._children, self._connections)
+        self._rebalancing = Rebalancing(core, self._children, self._connections)
         self._reload = Reload(core, self._children, self._connections, self._accepting, reload_config)
-        commands = Commands(core, self._children, self._connections, self._accepting, self._reload, self._begin_leaving)
+        commands = Commands(
+            core,
+            self._children,
+            self._connections,
+            self._accepting,
+            self._reload,
+            self._begin_leaving,
+            self._write_facts,
+        )
         self._answer = commands.answer
         self._control: ControlServer | None = None
         self._stop: Stop | None = None
@@ -257,6 +267,7 @@ class Supervisor:
         core.listeners.update(known)
         core.config = dataclasses.replace(core.config, layouts={**layouts.layouts, **core.config.layouts})
         self._connections.quarantine.take_up(facts.get("quarantine", []))
+        core.draining = bool(facts.get("draining", False))
         self._accepting.next_id = max([int(facts.get("next_id", 1)), *(number + 1 for number in known)])
 
     def _take_up(self) -> None:
@@ -284,7 +295,8 @@ class Supervisor:
     def _write_facts(self) -> None:
         core = self._core
         facts = listener_facts(core.config, core.listeners, self._accepting.next_id)
-        self._facts.write({**facts, "quarantine": self._connections.quarantine.facts()})
+        quarantine = self._connections.quarantine.facts()
+        self._facts.write({**facts, "quarantine": quarantine, "draining": core.draining})
 
     def _listeners_changed(self) -> None:
         self._write_facts()
@@ -345,7 +357,7 @@ class Supervisor:
     def _say_ready(self) -> None:
         core = self._core
         self._ready = True
-        core.set_head(Head.PHASE, Phase.SERVING)
+        core.show_phase()
         self._accepting.serve()
         if self._control is not None:
             self._control.serve()
@@ -508,6 +520,8 @@ class Supervisor:
         self._keeping.tick()
         self._leases.retry()
         self._stats.tick(now_ns)
+        if self._ready and not self._core.stopping:
+            self._rebalancing.tick(now_s)
         if self._control is not None:
             self._control.check_deadlines(now_s)
         if self._ready and now_s - self._status_s >= STATUS_INTERVAL_S:

@@ -1,9 +1,9 @@
-"""Which worker gets a connection. Pure."""
+"""Which worker gets a connection, and which connection goes to another one. Pure."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,3 +33,43 @@ def choose(loads: Sequence[Load], last_index: int) -> int:
         return weight, (load.index - last_index - 1) % span
 
     return min(loads, key=key).index
+
+
+LOPSIDED = 1.5
+"""The busiest worker is relieved when it does so many times the mean ..."""
+BUSY_RATE = 10_000.0
+"""... and that is so many packets/s at least: below, nobody gains."""
+GAIN_MIN = 0.1
+"""A move must take so much off the larger of the two loads; else the two would swap for ever."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Move:
+    """Which connection (``row``) goes to which worker."""
+
+    row: int
+    to_index: int
+
+
+def is_lopsided(rates: Sequence[float]) -> bool:
+    """``rates`` of all workers, packets/s."""
+    if len(rates) < 2:
+        return False
+    return max(rates) > max(LOPSIDED * sum(rates) / len(rates), BUSY_RATE)
+
+
+def choose_move(rates: Mapping[int, float], hot_index: int, candidates: Mapping[int, float]) -> Move | None:
+    """The move from the worker ``hot_index`` to the idlest one that levels the two best; None when none helps.
+
+    ``rates`` by worker index and ``candidates`` by connection row, both packets/s.
+    """
+    cold_index = min(rates, key=lambda index: (rates[index], index))
+    hot, cold = rates[hot_index], rates[cold_index]
+    if cold_index == hot_index or not candidates:
+        return None
+
+    def larger_after(row: int) -> float:
+        return max(hot - candidates[row], cold + candidates[row])
+
+    row = min(candidates, key=lambda row: (larger_after(row), row))
+    return Move(row, cold_index) if larger_after(row) < hot * (1 - GAIN_MIN) else None

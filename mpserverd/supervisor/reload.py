@@ -33,8 +33,6 @@ logger = logging.getLogger(__name__)
 STEP_INTERVAL_S = 0.05
 FRESH_TIMEOUT_S = 20.0
 """Fresh workers that are not ready by then: go on with those that are, or give the move up if none is."""
-RETIRE_TIMEOUT_S = 15.0
-"""An old worker that still holds connections then is killed; they are adopted."""
 STORER_TIMEOUT_S = 30.0
 
 
@@ -200,7 +198,8 @@ class Reload:
         self._old = [child for child in self._old if child in here and child.state is not ChildState.STUCK]
         waited_s = time.monotonic() - self._since_s
         for child in self._old:
-            timeout_s = STORER_TIMEOUT_S if child.role is Role.STORER else RETIRE_TIMEOUT_S
+            retire_s = self._core.config.server.reload_timeout_s
+            timeout_s = STORER_TIMEOUT_S if child.role is Role.STORER else retire_s
             if waited_s > timeout_s and child.state is ChildState.STOPPING:
                 self._children.kill(child, f"did not hand over within {timeout_s:g} s")
         if not self._old:

@@ -18,7 +18,6 @@ from collections.abc import Callable
 
 from mpserverd import log
 from mpserverd.arena.counters import Role
-from mpserverd.arena.state import Head, Phase
 from mpserverd.net.channel import Kind
 from mpserverd.supervisor.accepting import Accepting
 from mpserverd.supervisor.children import Children
@@ -79,7 +78,7 @@ class Stop:
         )
         self._accepting.stop()
         core.stopping = True
-        core.set_head(Head.PHASE, Phase.STOPPING)
+        core.show_phase()
         self._step()
 
     def force(self, why: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mpserverd.arena.state import SUPERVISOR_SLOT, Con, RefuseReason, Slot
+from mpserverd.arena.state import SUPERVISOR_SLOT, Con, Head, Phase, RefuseReason, Slot
 from mpserverd.control.client import DaemonRefusedError
 from tests.integration.supervisor_driver import RunningSupervisor, packets, wait_for
 
@@ -325,3 +325,24 @@ def test_a_status_summary_is_logged_on_request(tmp_path: Path) -> None:
     with RunningSupervisor(tmp_path) as supervisor:
         supervisor.signal(signal.SIGUSR1)
         wait_for(lambda: supervisor.log().count("status of a child") == 3)
+
+
+# -- drain
+
+
+def test_a_daemon_that_drains_lets_nobody_in_and_goes_on_with_the_others(tmp_path: Path) -> None:
+    with RunningSupervisor(tmp_path) as supervisor, supervisor.connect() as client:
+        client.sendall(packets(5))
+        wait_for(lambda: supervisor.taken() == [80])
+        assert supervisor.ask("drain") == {"draining": True, "connections": 1}
+        with supervisor.connect() as newcomer:
+            assert closed_at_once(newcomer)
+        client.sendall(packets(5))
+        wait_for(lambda: supervisor.taken() == [160])
+        assert refused(supervisor, RefuseReason.DRAINING) == 1
+        with supervisor.tables() as (_, state, _):
+            assert state.words[Head.PHASE] == Phase.DRAINING
+        assert supervisor.ask("undrain")["draining"] is False
+        with supervisor.connect() as newcomer:
+            newcomer.sendall(packets(2))
+            wait_for(lambda: sorted(supervisor.taken()) == [32, 160])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from mpserverd.supervisor.placement import Load, choose
+from mpserverd.supervisor.placement import BUSY_RATE, Load, Move, choose, choose_move, is_lopsided
 
 
 def place_many(loads: list[Load], count: int) -> Counter[int]:
@@ -54,3 +57,51 @@ def test_gaps_in_the_indices_do_no_harm() -> None:
 def test_without_workers_there_is_nothing_to_choose() -> None:
     with pytest.raises(ValueError, match="no worker"):
         choose([], 0)
+
+
+# -- rebalancing
+
+
+def test_one_worker_is_never_lopsided() -> None:
+    assert not is_lopsided([1e6])
+    assert not is_lopsided([])
+
+
+def test_a_worker_with_more_than_half_above_the_mean_is_relieved() -> None:
+    assert is_lopsided([160_000.0, 40_000.0])
+    assert not is_lopsided([140_000.0, 60_000.0])
+
+
+def test_nobody_moves_while_there_is_little_to_do() -> None:
+    assert not is_lopsided([BUSY_RATE, 0.0])
+
+
+def test_the_connection_that_levels_two_workers_best_moves_to_the_idlest() -> None:
+    rates = {0: 100_000.0, 1: 20_000.0, 2: 0.0}
+    assert choose_move(rates, 0, {5: 10_000.0, 6: 50_000.0, 7: 90_000.0}) == Move(6, 2)
+
+
+def test_a_worker_with_one_hot_connection_keeps_it() -> None:
+    assert choose_move({0: 100_000.0, 1: 0.0}, 0, {5: 100_000.0}) is None
+
+
+def test_silent_connections_are_left_where_they_are() -> None:
+    assert choose_move({0: 100_000.0, 1: 0.0}, 0, {5: 0.0, 6: 100.0}) is None
+    assert choose_move({0: 100_000.0, 1: 0.0}, 0, {}) is None
+
+
+@given(st.lists(st.floats(0, 1e7), min_size=1, max_size=40), st.integers(2, 8), st.randoms(use_true_random=False))
+def test_moves_end_and_each_lowers_the_larger_of_two_loads(
+    rates: list[float], workers: int, chance: random.Random
+) -> None:
+    """Without a rule of time too: no connection is sent to and fro for ever."""
+    home = {row: chance.randrange(workers) for row in range(len(rates))}
+    for _ in range(40 * len(rates)):
+        loads = {index: sum(rates[row] for row, at in home.items() if at == index) for index in range(workers)}
+        hot = max(loads, key=lambda index: loads[index])
+        move = choose_move(loads, hot, {row: rates[row] for row, at in home.items() if at == hot})
+        if move is None:
+            return
+        assert max(loads[hot] - rates[move.row], loads[move.to_index] + rates[move.row]) < loads[hot]
+        home[move.row] = move.to_index
+    raise AssertionError("moves go on for ever")
