@@ -235,13 +235,12 @@ class Connection:
         self._words[self._base + Con.STATE] = ConnectionState.RELEASED
 
     def overdue(self, now_ns: int) -> CloseReason:
-        """The deadline that this connection has missed, if any."""
+        """The deadline that this connection has missed, if any. Bytes that wait in the kernel are a sign of life."""
         quiet_ns = now_ns - self.last_received_ns
-        if self.silent_timeout_ns and not self.consumed_bytes and quiet_ns > self.silent_timeout_ns:
-            return CloseReason.SILENT
-        if self.idle_timeout_ns and quiet_ns > self.idle_timeout_ns:
-            return CloseReason.IDLE
-        return CloseReason.NONE
+        timeout_ns = self.idle_timeout_ns if self.consumed_bytes else self.silent_timeout_ns
+        if not timeout_ns or quiet_ns <= timeout_ns or tcp_info.unread_bytes(self.sock):
+            return CloseReason.NONE
+        return CloseReason.IDLE if self.consumed_bytes else CloseReason.SILENT
 
     def close(self, *, shutdown: bool) -> None:
         """Close this process's descriptor; with ``shutdown`` the peer learns of it although dups live on."""

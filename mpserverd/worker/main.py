@@ -192,6 +192,11 @@ class Worker:
         for connection in list(self._by_row.values()):
             if connection.closing is not CloseReason.NONE:
                 continue
+            if connection.paused or connection.blocked:
+                connection.last_received_ns = now_ns  # it is us who do not read: the client's clock stands still
+                if connection.paused:
+                    connection.window.let_go_tail()
+                continue
             reason = connection.overdue(now_ns)
             if reason is not CloseReason.NONE:
                 self._finish(connection, reason)

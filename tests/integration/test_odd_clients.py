@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
+import signal
 import socket
 import struct
+import threading
+import time
 
 from tests.integration.driver import Daemon, connect
 from tests.integration.oracle import sent_digests, stored_digests, stored_streams
@@ -96,6 +100,47 @@ def test_a_client_that_falls_silent_is_closed_after_the_idle_timeout(tmp_path: p
         assert daemon.counter("idle") == 1
         total = daemon.wait_for_total("durable_bytes", 32)
         assert total["truncated_bytes"] == 1
+
+
+def test_a_client_that_we_do_not_read_is_not_idle(tmp_path: pathlib.Path) -> None:
+    """The memory is full because the disk stands still, for longer than the idle timeout: nobody is closed for it."""
+    content = payload(5, 24_000_000)
+    settings = {
+        "listener": {"idle_timeout_s": 0.5, "on_full": "block"},
+        "server": {"workers": 1},
+        "buffers": {"bytes": "8 MiB"},
+    }
+    with Daemon(tmp_path, settings) as daemon:
+        with connect(daemon.port()) as client:
+            client.sendall(content[:1_000_000])
+            daemon.wait_for_total("durable_bytes", 1_000_000)
+            storer = daemon.kill("storer", signal.SIGSTOP)
+            try:
+                sender = threading.Thread(target=client.sendall, args=(content[1_000_000:],))
+                sender.start()
+                daemon.wait_for(lambda: daemon.clients()[0]["blocked"], what="the client to be blocked")
+                blocked_s = time.monotonic()
+                daemon.wait_for(lambda: time.monotonic() - blocked_s > 2.5, what="five idle timeouts")
+            finally:
+                os.kill(storer, signal.SIGCONT)
+            sender.join()
+        daemon.wait_for_total("durable_bytes", len(content))
+        assert daemon.counter("idle") == 0
+        assert stored_digests(daemon.spool) == sent_digests([content], 16)
+
+
+def test_a_paused_client_is_not_idle(tmp_path: pathlib.Path) -> None:
+    with Daemon(tmp_path, {"listener": {"idle_timeout_s": 0.5}}) as daemon:
+        with connect(daemon.port()) as client:
+            client.sendall(b"a" * 160)
+            daemon.wait_for_total("received_bytes", 160)
+            daemon.ctl("pause", "all")
+            paused_s = time.monotonic()
+            daemon.wait_for(lambda: time.monotonic() - paused_s > 2.5, what="five idle timeouts")
+            client.sendall(b"b" * 160)
+            daemon.ctl("resume", "all")
+            daemon.wait_for_total("received_bytes", 320)
+        assert daemon.counter("idle") == 0
 
 
 def test_stalls_and_bursts_change_nothing(tmp_path: pathlib.Path) -> None:
