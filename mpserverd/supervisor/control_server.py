@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import socket
+import stat
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -106,6 +107,10 @@ def _locked(directory: str) -> Iterator[None]:
 def _remove_stale(path: str) -> None:
     if not os.path.lexists(path):
         return
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise StartError(
+            f"control socket {path}: there is a file that is no socket; remove it, or change server.control_socket"
+        )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(_PROBE_TIMEOUT_S)
         try:

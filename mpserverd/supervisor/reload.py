@@ -65,11 +65,11 @@ class Reload:
         """Reload, and say what came of it. Raises ConfigError or StartError; then nothing has changed."""
         if self._core.stopping:
             raise StartError("the daemon stops")
-        if self.under_way:
-            self._again = True
-            return {"changed": [], "needs_restart": [], "note": "a reload is under way; another one follows it"}
         try:
-            config, kept = effective(self._core.config, self._read_config(), self._core.clients_max)
+            config, kept = effective(self._core.config, self._read(), self._core.clients_max)
+            if self.under_way:
+                self._again = True
+                return {"changed": [], "needs_restart": kept, "note": "a reload is under way; this one follows it"}
             changed = self._accepting.change(config)
         except (ConfigError, StartError) as error:
             self._refused(error)
@@ -91,6 +91,15 @@ class Reload:
         )
         self._replace_processes()
         return {"changed": changed, "needs_restart": kept}
+
+    def _read(self) -> Config:
+        """Read the new configuration. Whatever goes wrong there is no reason to end the daemon: raises ConfigError."""
+        try:
+            return self._read_config()
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise ConfigError([f"the configuration cannot be read: {type(error).__name__}: {error}"]) from error
 
     def _refused(self, error: ConfigError | StartError) -> None:
         self._core.count("reloads_refused")

@@ -200,3 +200,25 @@ def as_nobody(tmp_path: pathlib.Path) -> Daemon:
     )
     os.chown(home, int(NOBODY), int(NOBODY))
     return daemon
+
+
+def test_a_file_in_the_place_of_the_control_socket_is_never_removed(tmp_path: pathlib.Path) -> None:
+    precious = tmp_path / "precious.toml"
+    precious.write_text("not a socket")
+    daemon = Daemon(tmp_path, {"server": {"control_socket": str(precious)}})
+    assert_refuses_to_start(daemon, START_FAULT, str(precious), "no socket")
+    assert precious.read_text() == "not a socket"
+
+
+def test_no_configuration_ends_a_daemon_that_runs(tmp_path: pathlib.Path) -> None:
+    """What the parser itself stumbles over is refused like any other fault, by signal and by command."""
+    with Daemon(tmp_path) as daemon, connect(daemon.port()) as client:
+        good = daemon.config_path.read_text()
+        for bad in ("x = " + "9" * 5000, "x = " + "[" * 100_000, "[server]\nworkers = 'two'", "\x00"):
+            daemon.config_path.write_text(f"{bad}\n")
+            assert daemon.ctl("reload", check=False).returncode == CONFIG_FAULT
+        daemon.config_path.write_text(good)
+        daemon.ctl("reload")
+        client.sendall(b"a" * 160)
+        daemon.wait_for_total("received_bytes", 160)
+        assert daemon.log_contains("reload refused")

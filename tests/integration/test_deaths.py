@@ -179,3 +179,38 @@ def is_subsequence_of_packets(part: bytes, whole: bytes, packet_size: int) -> bo
     """Every packet of ``part`` is one of ``whole``, in the same order."""
     rest = iter([whole[at : at + packet_size] for at in range(0, len(whole), packet_size)])
     return all(part[at : at + packet_size] in rest for at in range(0, len(part), packet_size))
+
+
+def test_a_client_with_a_name_is_read_although_the_storer_stands_still(tmp_path: pathlib.Path) -> None:
+    """Its stream cannot be opened, so its packets go to one of their own; TCP does not hold it up for long."""
+    content = senders.payload(4, 320_000)
+    settings = EXACT | {"client": [{"id": "press-7", "address": "127.0.0.1"}]}
+    with Daemon(tmp_path, settings) as daemon:
+        storer = daemon.kill("storer", signal.SIGSTOP)
+        try:
+            with connect(daemon.port()) as client:
+                client.sendall(content)
+                daemon.wait_for(lambda: daemon.account("received_bytes") == len(content), what="all packets")
+                assert daemon.clients()[0]["stream"].startswith("press-7.")
+        finally:
+            os.kill(storer, signal.SIGCONT)
+        daemon.wait_until_quiet()
+        daemon.wait_for_total("durable_bytes", len(content))
+        (stored,) = stored_pieces(daemon)
+        assert stored == content
+
+
+def test_the_last_line_says_that_packets_were_dropped(tmp_path: pathlib.Path) -> None:
+    with Daemon(tmp_path, {"listener": {"on_full": "drop-oldest"}, "buffers": {"bytes": "8 MiB"}}) as daemon:
+        storer = daemon.kill("storer", signal.SIGSTOP)
+        try:
+            with connect(daemon.port()) as client:
+                client.sendall(b"x" * 32_000_000)
+            daemon.wait_for(lambda: daemon.account("dropped_bytes") > 0, what="a drop")
+        finally:
+            os.kill(storer, signal.SIGCONT)
+        daemon.wait_until_quiet()
+        assert daemon.stop() == 0
+        (line,) = daemon.log_lines("stopped connections")
+        assert "were dropped because the memory was full" in line
+        assert "nothing was lost" not in line
