@@ -65,6 +65,8 @@ class Accepting:
         self._serving = False
         self.on_change: Callable[[], None] = _nothing
         """Called when listeners or their settings are others than before."""
+        self.carry: Callable[[int, int], None] = _nothing
+        """Called with cookie and descriptor of a newcomer, before anything else is done for it."""
         self.has_room: Callable[[], bool] = _always
         """Whether a newcomer can be kept over the supervisor's death."""
         self._stored: dict[str, socket.socket] = {}
@@ -230,7 +232,7 @@ class Accepting:
         if listener.paused and self._open.get(listener.config.name) is listener:
             self._watch(listener)
 
-    def _admit(self, listener: Listener, sock: socket.socket, host: str, port: int) -> None:
+    def _admit(self, listener: Listener, sock: socket.socket, host: str, port: int, *, carried: bool = False) -> None:
         address = normal_address(host)
         connections, settings = self._connections, listener.config
         limits = Limits(self._core.max_clients, settings.max_connections, settings.max_connections_per_address)
@@ -248,13 +250,21 @@ class Accepting:
         if reason is RefuseReason.NONE and connections.is_quarantined(address):
             reason = RefuseReason.QUARANTINED
         if reason is not RefuseReason.NONE:
+            if carried:
+                sock.shutdown(socket.SHUT_RDWR)
             sock.close()
             self._refused(listener, reason, peer_text(address, port))
             return
+        cookie = tcp_info.cookie(sock)
+        if not carried:
+            # As early as can be: a supervisor that is killed between accept and this line takes the connection with
+            # it (about 20 us). One that is carried and has no row is found by the next supervisor: take_stray.
+            self.carry(cookie, sock.fileno())
         try:
             make_ready(sock, settings)
-            cookie = tcp_info.cookie(sock)
         except OSError:  # it was reset while it waited in the queue
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
             sock.close()
             return
         connections.take(sock.detach(), cookie, address, port, listener.id)
@@ -267,7 +277,7 @@ class Accepting:
             local = sock.getsockname()[:2]
             for listener in self._open.values():
                 if listener.sock.getsockname()[1] == local[1]:
-                    self._admit(listener, sock, *sock.getpeername()[:2])
+                    self._admit(listener, sock, *sock.getpeername()[:2], carried=True)
                     return True
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
@@ -294,7 +304,7 @@ class Accepting:
         )
 
 
-def _nothing() -> None:
+def _nothing(*_: object) -> None:
     """Nobody wants to know."""
 
 

@@ -1,8 +1,9 @@
 """Every connection from its accept to the last close: row, stream, worker, adoption, end.
 
-Rules: row first, then worker, so that a successor knows of every connection. The supervisor keeps a dup as a plain
-int and makes no call on it while a worker owns it. A connection whose stream is not open yet waits unread; TCP holds
-its bytes. A connection of a dead worker is given away only from ``orphan``, which is called after the pidfd fired.
+Rules: row first, then worker, so that a successor knows of every connection (the carrier comes before both: see
+accepting.py). The supervisor keeps a dup as a plain int and makes no call on it while a worker owns it. A connection
+whose stream is not open yet waits unread; TCP holds its bytes. A connection of a dead worker is given away only from
+``orphan``, which is called after the pidfd fired.
 """
 
 from __future__ import annotations
@@ -44,12 +45,15 @@ from mpserverd.supervisor.lost import finish_without_socket
 from mpserverd.supervisor.naming import join_address, peer_stream_name, peer_text, split_address
 from mpserverd.supervisor.placement import Load, choose
 from mpserverd.supervisor.quarantine import DEATHS_MAX, QUARANTINE_S, Quarantine
+from mpserverd.supervisor.states import ChildState
 from mpserverd.supervisor.stream_rows import StreamRows
 
 logger = logging.getLogger(__name__)
 
 BUSY_WAIT_S = 2.0
 """A client that comes back waits so long for its stream to be drained; then it gets one of its own."""
+STANDING_NS = 2_000_000_000
+"""A storer that has not begun a turn for so long stands still, or has very much to do."""
 OPENING_WAIT_S = 30.0
 """So long a connection waits for a storer that does not open its stream; then it gets one of its own."""
 
@@ -106,8 +110,6 @@ class Connections:
         self._newcomers: Counter[int] = Counter()
         self._last_index = -1
         self._lost: dict[int, Connection] = {}
-        self.carry: Callable[[int, int], None] = _nothing
-        """Called with cookie and descriptor of a newcomer that has its row."""
         self.quarantine = Quarantine()
         self.on_quarantine: Callable[[], None] = _nothing
         self.on_gone: Callable[[], None] = _nothing
@@ -157,7 +159,6 @@ class Connections:
         connection = Connection(row, fd, cookie, address, port, listener, time.time_ns(), time.monotonic_ns())
         self._enter(connection)
         self._write_row(connection)
-        self.carry(cookie, fd)
         self._core.count("accepted")
         words = self._core.state.words
         words[Head.ACTIVE_CONNECTIONS] = len(self._by_row)
@@ -354,8 +355,24 @@ class Connections:
         for connection in list(self._waiting.values()):
             if connection.stream is None:
                 self._find_stream(connection)
-            if connection.row in self._waiting and now_s >= connection.deadline_s:
+            if connection.row in self._waiting and now_s >= self._deadline_s(connection):
                 self._go_beside(connection)
+
+    def _deadline_s(self, connection: Connection) -> float:
+        """A storer that stands still must not keep a client waiting: its bytes go to a stream of their own then."""
+        waiting_since_s = connection.accepted_ns / 1e9
+        return (
+            min(connection.deadline_s, waiting_since_s + BUSY_WAIT_S)
+            if self._storer_stands()
+            else connection.deadline_s
+        )
+
+    def _storer_stands(self) -> bool:
+        storer = self._children.storer()
+        if storer is None or storer.state is not ChildState.RUNNING:
+            return True
+        progress_ns = int(self._core.state.slots[storer.slot, Slot.PROGRESS_MONO_NS])
+        return time.monotonic_ns() - progress_ns > STANDING_NS
 
     def _go_beside(self, connection: Connection) -> None:
         """It has waited long enough for its client's stream."""

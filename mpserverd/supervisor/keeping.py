@@ -3,9 +3,10 @@
 Names in the store: ``state``, ``chunks``, ``arena``, ``facts``, ``listener-<name>``, and the two ends of a carrier,
 ``carrier-<n>-in`` and ``carrier-<n>-out``.
 
-Rules: a connection gets its row, then goes into the carrier, then to a worker. Carriers fill up with connections that
-have ended, so a fresh one is packed now and then; until the store has it (a barrier comes back) newcomers go into both,
-and only then is the old one removed. Outside systemd all of this does nothing.
+Rules: a connection goes into the carrier as soon as it is admitted, then gets its row, then a worker; so one that is
+carried and has no row is a fresh one, or one that is over. Carriers fill up with connections that have ended, so a
+fresh one is packed now and then; until the store has it (a barrier comes back) newcomers go into both, and only then is
+the old one removed. Outside systemd all of this does nothing.
 """
 
 from __future__ import annotations
@@ -118,15 +119,15 @@ class Keeping:
         return time.monotonic() - self._barrier_s > ANSWER_S
 
     def carry(self, cookie: int, fd: int) -> None:
-        """A newcomer, whose row is written; a worker gets it after this."""
+        """A newcomer; its row is written, and a worker gets it, after this."""
         if not self._carriers:
             return
+        if self._carriers[-1][1].wants_packing:
+            self.pack()  # before it is put anywhere: it is not among those who live yet
         carried = [self._try_put(carrier, cookie, fd) for _, carrier in self._carriers]
         if not any(carried):
             self._missed = True
             self._say_short()
-        if self._carriers[-1][1].wants_packing:
-            self.pack()
 
     def _try_put(self, carrier: Carrier, cookie: int, fd: int) -> bool:
         try:

@@ -174,11 +174,11 @@ class Supervisor:
         self._children = Children(core, programs)
         self._connections = Connections(core, self._children)
         self._keeping = Keeping(core, self._store, self._connections.dups)
-        self._connections.carry = self._keeping.carry
         self._connections.on_gone = self._keeping.ended
         self._connections.on_quarantine = self._write_facts
         self._accepting = Accepting(core, self._connections)
         self._accepting.on_change = self._listeners_changed
+        self._accepting.carry = self._keeping.carry
         self._accepting.has_room = self._keeping.has_room
         self._leases = Leases(core)
         self._stats = StatsTick(core, self._children, self._connections)
@@ -197,6 +197,7 @@ class Supervisor:
         self._control: ControlServer | None = None
         self._stop: Stop | None = None
         self._exit_code = 0
+        self._dropped_before = 0
         self._leaving = False
         self._spool_waits = False
         self._tick_due_s = 0.0
@@ -373,6 +374,7 @@ class Supervisor:
             control=core.config.server.control_socket,
         )
         self._notifier.ready("serving")
+        self._dropped_before = read_totals(core.state).dropped_bytes
 
     def _say_goodbye(self) -> int:
         totals = read_totals(self._core.state)
@@ -380,9 +382,14 @@ class Supervisor:
         if not self._children.alive():  # a socket that somebody reads, or hangs in reading, is not to be asked
             unread = sum(unread_bytes_of(connection.fd) for connection in self._connections.all())
         at_risk = totals.at_risk_bytes + unread
+        level, verdict = logging.INFO, "nothing was lost"
+        if at_risk:
+            level, verdict = logging.ERROR, "not everything became durable"
+        elif dropped := totals.dropped_bytes - self._dropped_before:
+            level, verdict = logging.WARNING, f"{dropped} bytes were dropped because the memory was full"
         log.event(
             logger,
-            logging.ERROR if at_risk else logging.INFO,
+            level,
             "stopped",
             message_id=log.MessageId.DAEMON_STOPPED,
             connections=totals.connections,
@@ -390,7 +397,7 @@ class Supervisor:
             durable_bytes=totals.durable_bytes,
             dropped_bytes=totals.dropped_bytes,
             at_risk_bytes=at_risk,
-            verdict="not everything became durable" if at_risk else "nothing was lost",
+            verdict=verdict,
         )
         return 1 if at_risk else self._exit_code
 

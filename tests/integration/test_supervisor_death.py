@@ -6,6 +6,7 @@ What was sent is compared with what is stored by its hash; the senders (socat, t
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import pathlib
@@ -134,6 +135,14 @@ class Unit:
 
     def stored(self) -> list[str]:
         return sorted(stream.sha256 for stream in stored_streams(self.spool))
+
+    def own_state(self) -> StateTable:
+        """The daemon's own tables, to be written to."""
+        for name in os.listdir(f"/proc/{self.system.state.pid}/fd"):
+            path = f"/proc/{self.system.state.pid}/fd/{name}"
+            if "mpserverd-state" in os.readlink(path):
+                return StateTable(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+        raise AssertionError("the daemon has no state table")
 
     def kill(self) -> None:
         """kill -9, and wait until it is ready again."""
@@ -357,3 +366,65 @@ def test_a_row_whose_socket_is_lost_keeps_its_whole_packets(tmp_path: pathlib.Pa
         wait_for(lambda: unit.durable() == 100_000)
         assert unit.stored() == hashes([content])
         assert f"reason={CloseReason.FAILED.word}" in unit.log()
+
+
+def test_a_connection_that_is_carried_and_has_no_row_is_a_fresh_one(tmp_path: pathlib.Path) -> None:
+    """As if the supervisor had died between the two; a connection that is over is not taken for one."""
+    with Unit(tmp_path) as unit, socket.create_connection(("127.0.0.1", unit.port)) as client:
+        with socket.create_connection(("127.0.0.1", unit.port)) as over:
+            over.sendall(bytes(160))
+            wait_for(lambda: unit.active() == 2)
+        wait_for(lambda: unit.active() == 1)
+        state = unit.own_state()
+        os.kill(unit.system.state.pid, signal.SIGSTOP)
+        row = int((state.connections[:, Con.STATE] != 0).nonzero()[0][0])
+        state.words[state.connection_base(row) + Con.STATE] = 0
+        client.sendall(bytes(range(16)))  # its worker may not have it: nothing was read when a row was never written
+        os.close(state.fd)
+        unit.kill()
+        fresh = "count=1 lost=0 unknown=1" in unit.log() or "count=0 lost=0 unknown=1" in unit.log()
+        if not fresh:
+            assert "unknown=0" in unit.log()  # the worker was faster: then it is over, and said so by a reset
+            return
+        client.sendall(bytes(range(16)))
+        client.shutdown(socket.SHUT_WR)
+        wait_for(lambda: unit.durable() == 160 + 32)
+
+
+def test_a_storer_that_hangs_keeps_no_client_waiting(tmp_path: pathlib.Path) -> None:
+    """Its lock on the spool is held here, as by a process that the kernel does not let die."""
+    content = senders.payload(SEED, 400_000)
+    with Unit(tmp_path) as unit, socket.create_connection(("127.0.0.1", unit.port)) as client:
+        client.sendall(content[:100_000])
+        wait_for(lambda: unit.durable() == 100_000)
+        held = _copy_of_spool_lock(unit)
+        unit.kill()
+        client.sendall(content[100_000:])
+        client.shutdown(socket.SHUT_WR)
+        with unit.tables() as state:
+            wait_for(lambda: int(state.streams[:, Str.POSITION].max()) == 400_000)
+        assert unit.durable() == 100_000
+        wait_for(lambda: "spool is locked" in unit.log())
+        os.close(held)
+        wait_for(lambda: unit.durable() == 400_000)
+        assert unit.stored() == hashes([content])
+
+
+def _copy_of_spool_lock(unit: Unit) -> int:
+    """A dup of the supervisor's own descriptor (pidfd_getfd), which shares the lock."""
+    pid = unit.system.state.pid
+    numbers = [int(name) for name in os.listdir(f"/proc/{pid}/fd") if _leads_to(f"/proc/{pid}/fd/{name}", unit.spool)]
+    pidfd = os.pidfd_open(pid)
+    try:
+        copy = ctypes.CDLL(None, use_errno=True).syscall(438, pidfd, numbers[0], 0)
+    finally:
+        os.close(pidfd)
+    assert copy >= 0, os.strerror(ctypes.get_errno())
+    return int(copy)
+
+
+def _leads_to(path: str, target: pathlib.Path) -> bool:
+    try:
+        return os.readlink(path) == str(target)
+    except OSError:
+        return False
