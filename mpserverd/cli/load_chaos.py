@@ -6,20 +6,43 @@ import argparse
 import json
 import pathlib
 import sys
-from typing import Any
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, TypeVar
 
 from mpserverd.cli.load_options import Option, add_options, number
-from mpserverd.load.chaos_plan import ChaosOptions, FaultKind
+from mpserverd.load.chaos_plan import ChaosOptions, FaultKind, Habit
 
 ALL_KINDS = ",".join(kind.value for kind in FaultKind)
+ALL_HABITS = ",".join(habit.value for habit in Habit)
+
+Word = TypeVar("Word", bound=Enum)
 
 
-def fault_kinds(text: str) -> tuple[FaultKind, ...]:
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    try:
-        return tuple(dict.fromkeys(FaultKind(word) for word in words))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: choose from {ALL_KINDS}") from None
+def words_of(kind: type[Word]) -> Callable[[str], tuple[Word, ...]]:
+    """A parser of lists of an enum's words."""
+
+    def parse(text: str) -> tuple[Word, ...]:
+        words = [word.strip() for word in text.split(",") if word.strip()]
+        try:
+            return tuple(dict.fromkeys(kind(word) for word in words))
+        except ValueError:
+            choice = ",".join(each.value for each in kind)
+            raise argparse.ArgumentTypeError(f"{text!r}: choose from {choice}") from None
+
+    return parse
+
+
+def some(parse: Callable[[str], tuple[Word, ...]]) -> Callable[[str], tuple[Word, ...]]:
+    """The same, and at least one."""
+
+    def parse_some(text: str) -> tuple[Word, ...]:
+        words = parse(text)
+        if not words:
+            raise argparse.ArgumentTypeError("name at least one")
+        return words
+
+    return parse_some
 
 
 CHAOS_OPTIONS: tuple[Option, ...] = (
@@ -33,7 +56,10 @@ CHAOS_OPTIONS: tuple[Option, ...] = (
         10_050.0,
         "Packets a second of each client, but at most 1 MiB a second; 0: flat out.",
     ),
-    Option("--kill", "LIST", fault_kinds, tuple(FaultKind), f"What is done: `{ALL_KINDS}`; all of it by default."),
+    Option("--kill", "LIST", words_of(FaultKind), tuple(FaultKind), f"What is done: `{ALL_KINDS}`; all by default."),
+    Option(
+        "--habits", "LIST", some(words_of(Habit)), tuple(Habit), f"How clients behave: `{ALL_HABITS}`; all by default."
+    ),
     Option("--kills", "N", number(int, 0, 10**6), None, "How many such faults; two a second by default."),
     Option("--directory", "DIR", pathlib.Path, None, "Where the daemon's directory is made, instead of TMPDIR."),
     Option("--keep", "", None, False, "Leave the daemon's directory where it is: spool, log, configuration."),
@@ -61,6 +87,7 @@ def run_chaos(arguments: argparse.Namespace) -> int:
         clients=arguments.clients,
         rate=arguments.rate,
         kinds=arguments.kill,
+        habits=arguments.habits,
         faults=arguments.kills,
     )
     silent = arguments.quiet or arguments.json == "-"

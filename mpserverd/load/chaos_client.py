@@ -369,7 +369,7 @@ class ChaosClient:
     def _close(self, now_ns: int, away_ns: int) -> None:
         assert self.sock is not None
         self.sock.close()
-        self.sock, self.wants = None, 0
+        self.sock, self.wants, self._blocked_ns = None, 0, None
         self.state, self._piece = ClientState.WAITING, memoryview(b"")
         self.wake_ns = now_ns if self._finishing else now_ns + away_ns
 

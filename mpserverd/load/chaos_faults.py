@@ -29,6 +29,10 @@ DEATH_S_MAX = 10.0
 STOP_S = (0.02, 1.5)
 LONG_STOP_SHARE = 0.15
 """Of the stops so many outlast the heartbeat's deadline, so that the process is replaced."""
+SETTLE_S = (0.02, 0.3)
+"""So long the main process is left alone after READY. Everybody who connected meanwhile is accepted in that first
+millisecond, and a death between the kernel's accept and the carrier, 0.1 ms later, cuts that one connection off: faults
+that were held up by a restart would hit this instant again and again, instead of a random one."""
 BOTH_SHARE = 0.2
 """Of the kills so many take worker and storer in one moment."""
 
@@ -177,6 +181,10 @@ class Faults:
             wait()
         end_ns = time.monotonic_ns()
         self.restarts_s.append((end_ns - begin_ns) / 1e9)
+        settled_s = time.monotonic() + self._chance.uniform(*SETTLE_S)
+        while time.monotonic() < settled_s:
+            wait()
+            time.sleep(POLL_S)
         text = f"{text}, ready again after {(end_ns - begin_ns) / 1e6:.0f} ms"
         return [Done(kind, begin_ns, end_ns, text, kills)]
 

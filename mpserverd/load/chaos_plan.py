@@ -68,6 +68,7 @@ class ChaosOptions:
     clients: int = 8
     rate: float = 10_050.0
     kinds: tuple[FaultKind, ...] = tuple(FaultKind)
+    habits: tuple[Habit, ...] = tuple(Habit)
     faults: int | None = None
 
     @property
@@ -112,7 +113,7 @@ class DaemonPlan:
 def plan_clients(options: ChaosOptions) -> list[ClientPlan]:
     """Sizes and habits are dealt like cards: each as often as any other."""
     chance = random.Random(f"clients {options.seed}")
-    habits = _dealt(list(Habit), options.clients, chance)
+    habits = _dealt(list(options.habits), options.clients, chance)
     return [
         ClientPlan(
             client=number,

@@ -90,6 +90,11 @@ def test_every_habit_and_every_size_is_as_frequent_as_any_other() -> None:
     assert len({client.address for client in plan_clients(ChaosOptions(clients=1000))}) == 1000
 
 
+def test_clients_have_the_habits_that_are_asked_for_only() -> None:
+    clients = plan_clients(ChaosOptions(clients=9, habits=(Habit.TORN, Habit.STEADY)))
+    assert {client.habit for client in clients} == {Habit.TORN, Habit.STEADY}
+
+
 def test_faults_come_in_order_within_the_duration_and_every_kind_alike() -> None:
     kinds = [FaultKind.WORKER, FaultKind.STORER, FaultKind.STOP]
     faults = plan_faults(ChaosOptions(duration_s=10.0, faults=300), kinds)
