@@ -7,6 +7,7 @@ Two passes: each key by itself against its row in the option table, then the rul
 from __future__ import annotations
 
 import difflib
+import ipaddress
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,13 +29,15 @@ from mpserverd.config.words import ON_FULL_BY_PROTOCOL, Protocol
 
 Tree = Mapping[str, Any]
 
+_CLIENT_STAND_IN: Mapping[str, Any] = {"id": "", "address": ipaddress.ip_network("0.0.0.0/32")}
+
 
 def build(tree: Tree) -> tuple[Config, list[Fault]]:
     """Settings from a parsed configuration, and its faults; with faults the settings must not be used."""
     builder = _Builder(tree)
     config = builder.config()
     refused = {fault.path for fault in builder.faults}
-    echoes = (fault for fault in rules.check(config) if not fault.touches(refused))
+    echoes = (fault for fault in rules.check(config, refused) if not fault.touches(refused))
     return config, [*builder.faults, *echoes]
 
 
@@ -52,9 +55,9 @@ class _Builder:
         self.faults: list[Fault] = []
 
     def config(self) -> Config:
-        for name in self._tree:
+        for name, value in self._tree.items():
             if name not in SECTIONS:
-                self._fault((name,), f"unknown section; {nearest(name, list(SECTIONS))}")
+                self._fault((name,), f"unknown section; {nearest(name, list(SECTIONS))}", value)
         layouts = self._layouts()
         return Config(
             server=ServerConfig(**self._table("server")),
@@ -81,7 +84,8 @@ class _Builder:
             try:
                 values[name] = option.kind.parse(value)
             except WrongValueError as wrong:
-                self._fault((*path, name), str(wrong), value)
+                for problem in wrong.problems:
+                    self._fault((*path, name), problem, value)
         for name, option in options.items():
             if option.default is Missing.REQUIRED and name not in table:
                 self._fault((*path, name), f"missing; write {option.kind.wants()}")
@@ -94,21 +98,27 @@ class _Builder:
             return {}
         return self._values(section, (section,), table)
 
-    def _array(self, section: str) -> list[tuple[KeyPath, Tree]]:
+    def _array(self, section: str) -> list[tuple[KeyPath, Tree | None]]:
+        """Each table with its path; None in the place of what is no table."""
         tables = self._tree.get(section, [])
-        if not isinstance(tables, list) or not all(isinstance(table, Mapping) for table in tables):
-            self._fault((section,), f"not a list of tables; write [[{section}]] with two brackets, once for each")
+        if not isinstance(tables, list):
+            problem = f"not a list of tables; write [[{section}]] with two brackets, once for each"
+            self._fault((section,), problem, tables)
             return []
+        for index, table in enumerate(tables):
+            if not isinstance(table, Mapping):
+                self._fault((section, index), f"not a table; write [[{section}]] and its keys below", table)
         if len(tables) > SECTION_LENGTH_MAX[section]:
             self._fault((section,), f"{len(tables)} tables; at most {SECTION_LENGTH_MAX[section]}")
-        return [((section, index), table) for index, table in enumerate(tables)]
+        return [((section, index), table if isinstance(table, Mapping) else None) for index, table in enumerate(tables)]
 
     def _listeners(self, layouts: Mapping[str, LayoutConfig]) -> tuple[ListenerConfig, ...]:
         """Without a table there is the default listener; an empty list in the file is a mistake."""
         if "listener" in self._tree and self._tree["listener"] == []:
             self._fault(("listener",), "an empty list; give one [[listener]] at least, or leave the key out", [])
         tables = self._array("listener")
-        return tuple(self._listener(path, table, layouts) for path, table in tables) or (ListenerConfig(),)
+        found = (ListenerConfig() if table is None else self._listener(path, table, layouts) for path, table in tables)
+        return tuple(found) or (ListenerConfig(),)
 
     def _listener(self, path: KeyPath, table: Tree, layouts: Mapping[str, LayoutConfig]) -> ListenerConfig:
         values = self._values("listener", path, table)
@@ -135,9 +145,10 @@ class _Builder:
         return ListenerConfig().packet_size
 
     def _clients(self) -> tuple[ClientConfig, ...]:
-        """Clients that lack an id or an address are left out: the fault is noted already."""
-        found = [self._values("client", path, table) for path, table in self._array("client")]
-        return tuple(ClientConfig(**values) for values in found if "id" in values and "address" in values)
+        """An id or an address that is lacking is noted already; a stand-in keeps the client's number and other keys."""
+        tables = self._array("client")
+        found = [{} if table is None else self._values("client", path, table) for path, table in tables]
+        return tuple(ClientConfig(**{**_CLIENT_STAND_IN, **values}) for values in found)
 
     def _layouts(self) -> dict[str, LayoutConfig]:
         tables = self._tree.get("layout", {})
@@ -164,5 +175,9 @@ class _Builder:
             self._fault(path, f"this name {wrong}")
         values = self._values("layout", path, table)
         if "size" not in values or "fields" not in values:
+            fields = table.get("fields")
+            if isinstance(fields, Mapping) and fields:
+                checked = (values.get("sequence"), values.get("time"))
+                self.faults += rules.layout_faults(name, values.get("size"), fields, *checked)
             return None
         return LayoutConfig(name=name, **values)

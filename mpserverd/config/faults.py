@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Set
 from typing import Any
 
 KeyPath = tuple[str | int, ...]
@@ -17,6 +18,8 @@ ABSENT: Any = object()
 """In place of a value that is not there."""
 
 _VALUE_CHARACTERS_MAX = 80
+_DECIMAL_BITS_MAX = 512
+"""Python refuses to write integers of thousands of digits in decimal; TOML can bring them as 0x…."""
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -29,9 +32,14 @@ class Fault:
     value: Any = ABSENT
     involves: tuple[KeyPath, ...] = ()
 
-    def touches(self, refused: set[KeyPath]) -> bool:
+    def touches(self, refused: Set[KeyPath]) -> bool:
         """Whether any of its keys was refused already, so that this fault may only be an echo."""
-        return any(path in refused for path in (self.path, *self.involves))
+        return any(is_refused(path, refused) for path in (self.path, *self.involves))
+
+
+def is_refused(path: KeyPath, refused: Set[KeyPath]) -> bool:
+    """Whether the key or its table was refused. A section's own fault (too many tables) condemns no key."""
+    return any(path[:length] in refused for length in range(min(2, len(path)), len(path) + 1))
 
 
 def key_text(path: KeyPath) -> str:
@@ -55,6 +63,8 @@ def value_text(value: Any) -> str:
         return _cut("[" + ", ".join(value_text(item) for item in value[:_VALUE_CHARACTERS_MAX]) + "]")
     if isinstance(value, dict):
         return _cut("{" + ", ".join(f"{key_text((key,))} = {value_text(item)}" for key, item in value.items()) + "}")
+    if isinstance(value, int) and value.bit_length() > _DECIMAL_BITS_MAX:
+        return _cut(hex(value))
     return _cut(str(value))
 
 

@@ -12,9 +12,11 @@ import enum
 import ipaddress
 import math
 import re
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from mpserverd import limits
+from mpserverd.config.faults import key_text, quoted, value_text
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -28,7 +30,11 @@ _MAPPED_PREFIX = 96
 
 
 class WrongValueError(ValueError):
-    """The text of a fault, without file and key."""
+    """``problems``: the texts of one fault or more, without file and key."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("; and ".join(problems))
+        self.problems = problems
 
 
 class Kind(Protocol):
@@ -113,7 +119,9 @@ class Number:
     zero: str = ""
 
     def parse(self, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise WrongValueError(f"not a number; {self.wants()}")
+        if isinstance(value, float) and not math.isfinite(value):
             raise WrongValueError(f"not a number; {self.wants()}")
         if not _within(value, self):
             raise WrongValueError(f"out of range; {self.wants()}")
@@ -239,6 +247,8 @@ class AddressOrNetwork:
     def parse(self, value: Any) -> Network:
         if not isinstance(value, str):
             raise WrongValueError(f"not a text; write {self.wants()}")
+        if "%" in value:
+            raise WrongValueError("has a zone, which is not compared; leave out % and what follows")
         try:
             return plain_network(ipaddress.ip_network(value))
         except ValueError:
@@ -255,7 +265,7 @@ class AddressOrNetwork:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ListOf:
-    """A TOML array of one kind, without repeats; a tuple in the settings."""
+    """A TOML array of one kind, without repeats; a tuple in the settings. Every wrong entry is a problem of its own."""
 
     item: Kind
     length_max: int
@@ -264,20 +274,22 @@ class ListOf:
     def parse(self, value: Any) -> tuple[Any, ...]:
         if not isinstance(value, list):
             raise WrongValueError(f"not a list; write [{self.item.wants()}]")
-        if len(value) > self.length_max:
-            raise WrongValueError(f"{len(value)} entries; at most {self.length_max}")
         if not value and not self.empty:
             raise WrongValueError(f"empty; write at least one of {self.item.wants()}")
-        entries = []
-        for index, entry in enumerate(value):
+        problems = [f"{len(value)} entries; at most {self.length_max}"] if len(value) > self.length_max else []
+        first_at: dict[Any, int] = {}
+        for index, entry in enumerate(value[: self.length_max]):
+            shown = f"entry {index} ({value_text(entry)})"
             try:
-                entries.append(self.item.parse(entry))
+                parsed = self.item.parse(entry)
             except WrongValueError as wrong:
-                raise WrongValueError(f"entry {index} ({entry!r:.60}): {wrong}") from None
-        if len(set(entries)) < len(entries):
-            twice = next(entry for entry in entries if entries.count(entry) > 1)
-            raise WrongValueError(f"has {str(twice)!r} twice; write it once")
-        return tuple(entries)
+                problems.append(f"{shown}: {wrong}")
+                continue
+            if first_at.setdefault(parsed, index) != index:
+                problems.append(f"{shown}: the same as entry {first_at[parsed]}; write it once")
+        if problems:
+            raise WrongValueError(*problems)
+        return tuple(first_at)
 
     def wants(self) -> str:
         return f"a list of: {self.item.wants()}" + (f"; [] = {self.empty}" if self.empty else "")
@@ -291,7 +303,7 @@ def type_code_bytes(code: str) -> int:
     """Size of a numpy type code. Raises WrongValueError for one that packets may not use."""
     match = _TYPE_CODE.fullmatch(code)
     if match is None:
-        raise WrongValueError(f'"{code}" is no type code; write one such as "<u8", ">i4", "<f8", "u1", "S8"')
+        raise WrongValueError(f'{quoted(code)} is no type code; write one such as "<u8", ">i4", "<f8", "u1", "S8"')
     order, letter, size_bytes = match[1], match[2], int(match[3])
     if letter in _CODE_BYTES and size_bytes not in _CODE_BYTES[letter]:
         sizes = ", ".join(str(size) for size in _CODE_BYTES[letter])
@@ -299,6 +311,14 @@ def type_code_bytes(code: str) -> int:
     if letter in "uif" and size_bytes > 1 and order not in ("<", ">"):
         raise WrongValueError(f'"{code}" has no byte order; write "<{letter}{size_bytes}" or ">{letter}{size_bytes}"')
     return size_bytes
+
+
+def type_code_shape(code: Any) -> tuple[str, int] | None:
+    """Letter and bytes as far as a code tells them, also one that lacks its byte order; None where it does not."""
+    match = _TYPE_CODE.fullmatch(code) if isinstance(code, str) else None
+    if match is None or int(match[3]) not in _CODE_BYTES.get(match[2], (int(match[3]),)):
+        return None
+    return match[2], int(match[3])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -310,16 +330,22 @@ class Fields:
             raise WrongValueError(f"not a table of fields; write {self.wants()}")
         if len(value) > limits.LAYOUT_FIELDS_MAX:
             raise WrongValueError(f"{len(value)} fields; at most {limits.LAYOUT_FIELDS_MAX}")
-        for name, code in value.items():
-            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", name):
-                raise WrongValueError(f"field name {name!r:.70} is no identifier of at most 64 letters, digits and _")
-            if not isinstance(code, str):
-                raise WrongValueError(f'the type of {name} is not a text; write one such as "<u8"')
-            try:
-                type_code_bytes(code)
-            except WrongValueError as wrong:
-                raise WrongValueError(f"the type of {name}: {wrong}") from None
+        problems = [problem for name, code in value.items() for problem in self._problems(name, code)]
+        if problems:
+            raise WrongValueError(*problems)
         return dict(value)
+
+    def _problems(self, name: str, code: Any) -> Iterator[str]:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", name):
+            yield f"field name {quoted(name)} is no identifier of at most 64 letters, digits and _"
+        shown = key_text((name,))
+        if not isinstance(code, str):
+            yield f'the type of {shown} is not a text; write one such as "<u8"'
+            return
+        try:
+            type_code_bytes(code)
+        except WrongValueError as wrong:
+            yield f"the type of {shown}: {wrong}"
 
     def wants(self) -> str:
         return 'names and numpy type codes in order, such as { sequence = "<u8", time = "<u8" }'

@@ -7,6 +7,7 @@ append; anything else replaces. All faults are reported at once, each with the f
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,11 +17,15 @@ import tomli
 
 from mpserverd import limits
 from mpserverd.config.build import build
-from mpserverd.config.faults import Fault, KeyPath, render
+from mpserverd.config.faults import Fault, KeyPath, key_text, render
 from mpserverd.config.schema import Config
 from mpserverd.errors import ConfigError
 
 OVERRIDE_ORIGIN = "--set"
+_NESTING_MAX = 16
+"""Levels of tables and lists; the deepest key of the option table stands at the fourth."""
+_TOO_DEEP = f"nested too deeply; at most {_NESTING_MAX} levels"
+_INDEX = re.compile(r"[0-9]{1,9}")
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, conf_d: bool = True) -> Config:
@@ -75,8 +80,11 @@ class Sources:
     def add_text(self, text: str, origin: str) -> None:
         try:
             tree = tomli.loads(text)
-        except (tomli.TOMLDecodeError, RecursionError) as error:
-            self._faults.append(f"{origin}: not valid TOML: {error or 'nested too deeply'}".replace("\n", " "))
+        except (ValueError, RecursionError) as error:
+            self._faults.append(f"{origin}: {_why_no_toml(error)}")
+            return
+        if not _depth_within(tree, _NESTING_MAX):
+            self._faults.append(f"{origin}: {_TOO_DEEP}")
             return
         self._merge(self._tree, tree, (), origin)
 
@@ -87,9 +95,11 @@ class Sources:
         if not equals or not all(parts) or len(parts) < 2:
             self._faults.append(f"{OVERRIDE_ORIGIN} {override!r:.100}: write KEY=VALUE, such as server.workers=2")
             return
-        problem = self._set(parts, override_value(text))
+        value = override_value(text)
+        too_deep = len(parts) > _NESTING_MAX or not _depth_within(value, _NESTING_MAX)
+        problem = _TOO_DEEP if too_deep else self._set(parts, value)
         if problem:
-            self._faults.append(f"{OVERRIDE_ORIGIN} {key}: {problem}")
+            self._faults.append(f"{OVERRIDE_ORIGIN} {key_text(tuple(parts[:_NESTING_MAX]))}: {problem}")
 
     def config(self, name: str) -> Config:
         """The settings. Raises ConfigError."""
@@ -130,29 +140,43 @@ class Sources:
                 self._note(here, value, origin)
 
     def _set(self, parts: list[str], value: Any) -> str:
-        """Set one value. Returns what is wrong, or ""."""
+        """Set one value. Returns what is wrong, or ""; then nothing was set, and no table was begun."""
+        problem = self._why_not_set(parts)
+        if problem:
+            return problem
         node: Any = self._tree
         path: KeyPath = ()
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
             step: str | int = part
             if isinstance(node, list):
-                if not part.isdecimal() or int(part) > len(node):
-                    return f"{part} is no number from 0 to {len(node)}, which would append"
                 step = int(part)
                 if step == len(node):
                     node.append({})
-            elif not isinstance(node, dict):
-                return f"{'.'.join(parts[:index])} is no table; nothing can be set inside it"
             elif not last and part not in node:
                 node[part] = [] if parts[index + 1].isdecimal() else {}
             path = (*path, step)
             if last:
                 node[step] = value
                 self._note(path, value, OVERRIDE_ORIGIN)
-                return ""
+                break
             self._origins.setdefault(path, OVERRIDE_ORIGIN)
             node = node[step]
+        return ""
+
+    def _why_not_set(self, parts: list[str]) -> str:
+        """What stands in the way of ``parts``, or "". Changes nothing."""
+        node: Any = self._tree
+        for index, part in enumerate(parts):
+            if isinstance(node, list):
+                if not _INDEX.fullmatch(part) or int(part) > len(node):
+                    return f"{key_text((part,))} is no number from 0 to {len(node)}, which would append"
+                node = node[int(part)] if int(part) < len(node) else {}
+            elif not isinstance(node, dict):
+                return f"{key_text(tuple(parts[:index]))} is no table; nothing can be set inside it"
+            else:
+                following = parts[index + 1] if index + 1 < len(parts) else ""
+                node = node.get(part, [] if following.isdecimal() else {})
         return ""
 
 
@@ -160,9 +184,34 @@ def override_value(text: str) -> Any:
     """``2`` is a number, ``[1, 2]`` a list, ``/x`` and everything else that is no TOML a text."""
     try:
         tree = tomli.loads(f"value = {text}")
-    except (tomli.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return text
     return tree["value"] if len(tree) == 1 else text
+
+
+def _why_no_toml(error: ValueError | RecursionError) -> str:
+    """tomli lets through what Python says of a number of thousands of digits (ValueError) and of its own stack."""
+    if isinstance(error, RecursionError):
+        return _TOO_DEEP
+    if isinstance(error, tomli.TOMLDecodeError):
+        return f"not valid TOML: {error}".replace("\n", " ")
+    return "not valid TOML: a number with too many digits" if "digits" in str(error) else f"not valid TOML: {error}"
+
+
+def _depth_within(tree: Any, levels: int) -> bool:
+    """Whether nothing lies deeper: whoever walks such a tree may call itself."""
+    layer = [tree]
+    for _ in range(levels + 1):
+        layer = [inner for value in layer for inner in _inner(value)]
+        if not layer:
+            return True
+    return False
+
+
+def _inner(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    return value if isinstance(value, list) else []
 
 
 def _is_table_array(value: Any) -> bool:

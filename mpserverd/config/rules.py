@@ -6,24 +6,25 @@ What depends on the machine (memory, file descriptors, ports, permissions) is no
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
+from typing import Any
 
 from mpserverd import limits
-from mpserverd.config.faults import Fault
-from mpserverd.config.kinds import split_endpoint, type_code_bytes
-from mpserverd.config.schema import Config, LayoutConfig
+from mpserverd.config.faults import Fault, KeyPath, is_refused, key_text
+from mpserverd.config.kinds import split_endpoint, type_code_shape
+from mpserverd.config.schema import Config
 
 
-def check(config: Config) -> Iterator[Fault]:
-    """All broken rules."""
+def check(config: Config, refused: Set[KeyPath] = frozenset()) -> Iterator[Fault]:
+    """All broken rules. ``refused``: keys that hold a stand-in for a wrong value, which is compared with nothing."""
     yield from _arena_fits(config)
     yield from _segments_hold_chunks(config)
     yield from _spool_holds_a_segment(config)
-    yield from _names_are_unique(config)
-    yield from _addresses_are_unique(config)
-    yield from _clients_are_unique(config)
+    yield from _names_are_unique(config, refused)
+    yield from _addresses_are_unique(config, refused)
+    yield from _clients_are_unique(config, refused)
     for layout in config.layouts.values():
-        yield from _layout_adds_up(layout)
+        yield from layout_faults(layout.name, layout.size, layout.fields, layout.sequence, layout.time)
 
 
 def arena_bytes_min(config: Config) -> int:
@@ -75,9 +76,11 @@ def _spool_holds_a_segment(config: Config) -> Iterator[Fault]:
             )
 
 
-def _names_are_unique(config: Config) -> Iterator[Fault]:
+def _names_are_unique(config: Config, refused: Set[KeyPath]) -> Iterator[Fault]:
     seen: dict[str, int] = {}
     for index, listener in enumerate(config.listeners):
+        if is_refused(("listener", index, "name"), refused):
+            continue
         first = seen.setdefault(listener.name, index)
         if first != index:
             yield Fault(
@@ -88,10 +91,12 @@ def _names_are_unique(config: Config) -> Iterator[Fault]:
             )
 
 
-def _addresses_are_unique(config: Config) -> Iterator[Fault]:
+def _addresses_are_unique(config: Config, refused: Set[KeyPath]) -> Iterator[Fault]:
     """One port of one address has one listener; the any-address takes a port of all addresses of its family."""
     seen: list[tuple[int, ipaddress.IPv4Address | ipaddress.IPv6Address, int]] = []
     for index, listener in enumerate(config.listeners):
+        if is_refused(("listener", index, "address"), refused):
+            continue
         address, port = split_endpoint(listener.address)
         for first, other, other_port in seen:
             if port != other_port or port == 0 or address.version != other.version:
@@ -107,45 +112,49 @@ def _addresses_are_unique(config: Config) -> Iterator[Fault]:
         seen.append((index, address, port))
 
 
-def _clients_are_unique(config: Config) -> Iterator[Fault]:
+def _clients_are_unique(config: Config, refused: Set[KeyPath]) -> Iterator[Fault]:
     ids: dict[str, int] = {}
     networks: dict[object, int] = {}
     for index, client in enumerate(config.clients):
-        first = ids.setdefault(client.id, index)
-        if first != index:
-            yield Fault(
-                ("client", index, "id"),
-                f"client.{first} has this id too; give each client an id of its own",
-                client.id,
-                (("client", first, "id"),),
-            )
-        first = networks.setdefault(client.address, index)
-        if first != index:
-            yield Fault(
-                ("client", index, "address"),
-                f"client.{first} has this address too; one address names one client",
-                str(client.address),
-                (("client", first, "address"),),
-            )
+        path: KeyPath = ("client", index, "id")
+        if not is_refused(path, refused) and (first := ids.setdefault(client.id, index)) != index:
+            problem = f"client.{first} has this id too; give each client an id of its own"
+            yield Fault(path, problem, client.id, (("client", first, "id"),))
+        path = ("client", index, "address")
+        if not is_refused(path, refused) and (first := networks.setdefault(client.address, index)) != index:
+            problem = f"client.{first} has this address too; one address names one client"
+            yield Fault(path, problem, str(client.address), (("client", first, "address"),))
 
 
-def _layout_adds_up(layout: LayoutConfig) -> Iterator[Fault]:
-    path = ("layout", layout.name)
-    fields = (*path, "fields")
-    total = sum(type_code_bytes(code) for code in layout.fields.values())
-    if total != layout.size:
-        yield Fault(
-            (*path, "size"), f"its fields take {total} bytes; write {total}, or mend the fields", layout.size, (fields,)
-        )
-    for key, name, wanted in (
-        ("sequence", layout.sequence, "a whole number (u or i)"),
-        ("time", layout.time, "a whole number of 8 bytes (u8 or i8)"),
+def layout_faults(
+    name: str, size: int | None, fields: Mapping[str, Any], sequence: str | None, time: str | None
+) -> Iterator[Fault]:
+    """What is wrong between the keys of one layout, as far as it can be known: types may be wrong, ``size`` None."""
+    path = ("layout", name)
+    yield from _size_faults(path, size, fields)
+    for key, field, wanted in (
+        ("sequence", sequence, "a whole number (u or i)"),
+        ("time", time, "a whole number of 8 bytes (u8 or i8)"),
     ):
-        if name is None:
+        if field is None:
             continue
-        code = layout.fields.get(name)
-        if code is None:
-            names = ", ".join(layout.fields)
-            yield Fault((*path, key), f"no such field; the fields are {names}", name, (fields,))
-        elif code.lstrip("<>|")[0] not in "ui" or (key == "time" and type_code_bytes(code) != 8):
-            yield Fault((*path, key), f'the field has type "{code}"; it must be {wanted}', name, (fields,))
+        if field not in fields:
+            names = ", ".join(key_text((name,)) for name in fields)
+            yield Fault((*path, key), f"no such field; the fields are {names}", field, ((*path, "fields"),))
+            continue
+        shape = type_code_shape(fields[field])
+        if shape is not None and (shape[0] not in "ui" or (key == "time" and shape[1] != 8)):
+            problem = f'the field has type "{fields[field]}"; it must be {wanted}'
+            yield Fault((*path, key), problem, field, ((*path, "fields"),))
+
+
+def _size_faults(path: KeyPath, size: int | None, fields: Mapping[str, Any]) -> Iterator[Fault]:
+    shapes = [type_code_shape(code) for code in fields.values()]
+    least = sum(shape[1] if shape else 1 for shape in shapes)
+    if size is None or size == least or (None in shapes and size > least):
+        return
+    if None in shapes:
+        problem = f"its fields take at least {least} bytes; raise it, or mend the fields"
+    else:
+        problem = f"its fields take {least} bytes; write {least}, or mend the fields"
+    yield Fault((*path, "size"), problem, size, ((*path, "fields"),))

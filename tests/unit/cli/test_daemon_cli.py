@@ -439,3 +439,14 @@ def test_pidfile_in_a_directory_that_the_user_cannot_write_is_a_failed_start(box
     server = dataclasses.replace(box.config.server, user="nobody")
     with pytest.raises(StartError, match=r"cannot make the pidfile .* its directory must be writable"):
         box.start(serve, dataclasses.replace(box.config, server=server))
+
+
+@pytest.mark.parametrize("text", ["[server]\nworkers = " + "9" * 5_000, "x = " + "[" * 100_000, "x = 0x" + "f" * 9_000])
+@pytest.mark.parametrize("option", ["--check-config", None])
+def test_number_or_nesting_beyond_all_bounds_is_one_line_and_bad_usage(
+    file: Path, capsys: pytest.CaptureFixture[str], text: str, option: str | None
+) -> None:
+    file.write_text(text)
+    assert daemon.main(["--config", str(file), *([option] if option else [])]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"mpserverd: {file}: ")

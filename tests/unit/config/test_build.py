@@ -240,3 +240,82 @@ def test_key_that_is_not_bare_is_quoted() -> None:
 
 def test_listener_objects_can_be_made_without_a_file() -> None:
     assert ListenerConfig(name="t", address="127.0.0.1:0").port == 0
+
+
+# Every fault at once
+
+
+def test_every_wrong_entry_of_a_list_is_named() -> None:
+    found = faults('[server]\ncpu_affinity = [0, "x", 99999, 0]\n')
+    assert [fault.split(": ")[2] for fault in found] == ['entry 1 ("x")', "entry 2 (99999)", "entry 3 (0)"]
+    found = faults('[[listener]]\nallow = ["10.0.0.1/8", "::1%lo", "fe80::1/200", "::1"]\n')
+    assert [fault.split(": ")[2] for fault in found] == [
+        'entry 0 ("10.0.0.1/8")',
+        'entry 1 ("::1%lo")',
+        'entry 2 ("fe80::1/200")',
+    ]
+
+
+def test_wrong_type_hides_nothing_else_of_its_layout() -> None:
+    found = faults(
+        '[layout.x]\nsize = 8\nfields = { a = "<f4", b = "u8", c = "q", d = 3, "e f" = "<u4" }\n'
+        'sequence = "gone"\ntime = "a"\n[[listener]]\nlayout = "x"\n'
+    )
+    assert [fault.partition("layout.x.")[2].split(" ")[0] for fault in found] == ["fields"] * 4 + [
+        "size",
+        "sequence",
+        "time",
+    ]
+    assert "the type of b" in found[0] and "the type of d" in found[2] and 'field name "e f"' in found[3]
+    assert "its fields take at least 18 bytes" in found[4]
+    assert "it must be a whole number of 8 bytes" in found[6]
+
+
+def test_size_is_judged_by_a_type_that_lacks_only_its_byte_order() -> None:
+    found = faults('[layout.x]\nsize = 16\nfields = { a = "u4", b = "<u8" }\ntime = "a"\n')
+    assert [fault.partition("layout.x.")[2].split(" ")[0] for fault in found] == ["fields", "size", "time"]
+    assert "its fields take 12 bytes; write 12" in found[1]
+
+
+def test_size_that_may_fit_is_no_fault_while_a_type_is_wrong() -> None:
+    assert "layout.x.fields" in only_fault('[layout.x]\nsize = 16\nfields = { a = "q", b = "<u8" }\n')
+
+
+def test_layout_without_a_size_is_still_judged() -> None:
+    found = faults('[layout.x]\nfields = { a = "<u4" }\nsequence = "b"\n')
+    assert [fault.partition("layout.x.")[2][:8] for fault in found] == ["size: mi", "sequence"]
+
+
+def test_equal_clients_are_found_whatever_else_is_wrong_with_them() -> None:
+    text = (
+        '[[client]]\nid="a"\naddress="nowhere"\n[[client]]\nid="a"\naddress="10.0.0.2"\nmax_spool_bytes=-1\n'
+        '[[client]]\naddress="10.0.0.2"\n[[client]]\nid="b"\naddress="10.0.0.3"\nmax_spool_bytes=5\n'
+    )
+    assert [fault.split(": ")[1].split(" = ")[0] for fault in faults(text)] == [
+        "client.0.address",
+        "client.1.max_spool_bytes",
+        "client.2.id",
+        "client.3.max_spool_bytes",
+        "client.1.id",
+        "client.2.address",
+    ]
+
+
+def test_equal_listeners_are_found_behind_one_that_is_wrong() -> None:
+    text = '[[listener]]\nname="a b"\naddress="x"\n' + 2 * '[[listener]]\naddress="127.0.0.1:9"\n'
+    assert [fault.split(": ")[1].split(" = ")[0] for fault in faults(text)] == [
+        "listener.0.name",
+        "listener.0.address",
+        "listener.2.name",
+        "listener.2.address",
+    ]
+
+
+def test_entry_that_is_no_table_is_named_and_the_others_are_judged() -> None:
+    found = faults('listener = [3, {name = "a", address = "127.0.0.1:1"}, {name = "a", address = "127.0.0.1:2"}]\n')
+    assert [fault.split(": ")[1] for fault in found] == ["listener.0 = 3", 'listener.2.name = "a"']
+
+
+def test_unknown_section_is_shown_with_its_value() -> None:
+    assert only_fault("[sink]\nname = 3\n").startswith("FILE: sink = {name = 3}: unknown section; ")
+    assert only_fault("x = 3\n").startswith("FILE: x = 3: unknown section; ")

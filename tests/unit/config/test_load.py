@@ -74,8 +74,52 @@ def test_syntax_error_names_file_and_line(file: Path) -> None:
 
 
 def test_deep_nesting_is_a_fault_and_no_crash(file: Path) -> None:
-    file.write_text("x = " + "[" * 100_000)
-    assert "not valid TOML" in faults(file)[0]
+    for text in ("x = " + "[" * 100_000, "x = " + "[" * 17 + "]" * 17, "a." * 5_000 + "a = 1"):
+        file.write_text(text)
+        assert faults(file) == [f"{file}: nested too deeply; at most 16 levels"]
+
+
+@pytest.mark.parametrize("key", ["server.workers", "server.stop_timeout_s", "spool.max_bytes", "spool.path", "x.y"])
+def test_number_of_thousands_of_digits_is_a_fault_with_its_file(file: Path, key: str) -> None:
+    section, _, name = key.partition(".")
+    file.write_text(f"[{section}]\n{name} = {'9' * 5_000}\n")
+    assert faults(file)[0] == f"{file}: not valid TOML: a number with too many digits"
+    file.write_text(f"[{section}]\n{name} = 0x{'f' * 20_000}\n")
+    (fault,) = faults(file)
+    assert fault.startswith(f"{file}: {section}") and len(fault) < 300
+
+
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        (f"server.workers={'9' * 5_000}", 'server.workers = "999'),
+        (f"server.workers=0x{'f' * 5_000}", "server.workers = 0xfff"),
+        (f"server.cpu_affinity=[0x{'f' * 5_000}]", "entry 0 (0xfff"),
+        (f"server.workers={'[' * 100_000}", 'server.workers = "[[['),
+        (f"server.workers={'[' * 20}{']' * 20}", "nested too deeply"),
+        ("a." * 100_000 + "a=1", "nested too deeply"),
+        (f"listener.{'9' * 5_000}.name=x", "is no number from 0 to 0"),
+        ("server.user=\udcff", "server.user"),
+        ("se\nrver.a=1", "unknown section"),
+        ("se\nrver.a.1.x=1", "1 is no number from 0 to 0"),
+        ("server.1\n2.x.y=1", "unknown key"),
+        ("listener.a\nb.x=1", "not a list of tables"),
+    ],
+)
+def test_override_of_any_size_and_shape_is_one_line(override: str, fault: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        loads("", [override])
+    (line,) = refused.value.faults
+    assert fault in line and "\n" not in line and len(line) < 400
+
+
+def test_override_that_is_refused_begins_no_table() -> None:
+    with pytest.raises(ConfigError) as refused:
+        loads("", ["listener.7.address=127.0.0.1:1", "layout.x.3.y=1"])
+    assert refused.value.faults == [
+        "--set listener.7.address: 7 is no number from 0 to 0, which would append",
+        "--set layout.x.3.y: 3 is no number from 0 to 0, which would append",
+    ]
 
 
 def test_conf_d_merges_tables_and_the_later_name_wins(file: Path) -> None:
