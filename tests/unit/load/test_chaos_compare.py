@@ -50,7 +50,7 @@ def sent(
 
 
 def add(spool: SpoolWriter, stored: bytes, name: str = NAME, *, epoch: int = 1, gaps: int = 0, missing: int = 0) -> int:
-    stream = spool.add(name, stored, packet_size=SIZE, cuts=[65_536, 200_000], epoch=f"{epoch:016x}")
+    stream: int = spool.add(name, stored, packet_size=SIZE, cuts=[65_536, 200_000], epoch=f"{epoch:016x}")
     spool.catalog.execute(
         "UPDATE stream SET gaps = ?, missing = ?, repeats = 0, reordered = 0 WHERE id = ?", (gaps, missing, stream)
     )

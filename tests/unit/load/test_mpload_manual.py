@@ -7,8 +7,9 @@ import re
 
 import pytest
 
-from mpserverd.cli.load import COMMANDS, EXIT_CODES, RUN_OPTIONS, Option, main, make_parser, with_default_command
+from mpserverd.cli.load import COMMANDS, EXIT_CODES, RUN_OPTIONS, main, make_parser, with_default_command
 from mpserverd.cli.load_chaos import CHAOS_OPTIONS
+from mpserverd.cli.load_options import Option
 from mpserverd.load.chaos_plan import ChaosOptions
 from mpserverd.load.chaos_report import ChaosReport
 from mpserverd.load.crew import Outcome
