@@ -17,7 +17,7 @@ from mpserverd.version import VERSION
 from tests.unit.packaging.rendered import PARSERS, commands_of, option_names, render
 
 PAGES = {"mpserverd": "mpserverd.8", "mpserverctl": "mpserverctl.8", "mpload": "mpload.1"}
-ALL = (*PAGES.values(), "mpserverd.toml.5")
+ALL = (*PAGES.values(), "mpserverd.toml.5", "mpserverd-protocol.7")
 every_page = pytest.mark.parametrize("page", ALL)
 every_program = pytest.mark.parametrize("program", PAGES)
 
