@@ -373,6 +373,14 @@ class Supervisor:
             max_clients=core.max_clients,
             control=core.config.server.control_socket,
         )
+        log.event(
+            logger,
+            logging.INFO,
+            "what to do next",
+            look="mpserverctl stats",
+            send=f"mpload run --host HOST --port {_first_port(self._accepting)}",
+            read="mpserverctl streams",
+        )
         self._notifier.ready("serving")
         self._dropped_before = read_totals(core.state).dropped_bytes
 
@@ -625,3 +633,7 @@ def unread_bytes_of(fd: int) -> int:
         return 0
     finally:
         sock.close()
+
+
+def _first_port(accepting: Accepting) -> str:
+    return next((each.bound.rpartition(":")[2] for each in accepting.listeners()), "PORT")

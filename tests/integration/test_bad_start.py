@@ -222,3 +222,11 @@ def test_no_configuration_ends_a_daemon_that_runs(tmp_path: pathlib.Path) -> Non
         client.sendall(b"a" * 160)
         daemon.wait_for_total("received_bytes", 160)
         assert daemon.log_contains("reload refused")
+
+
+def test_the_first_lines_name_the_next_steps(tmp_path: pathlib.Path) -> None:
+    with Daemon(tmp_path) as daemon:
+        (line,) = daemon.log_lines("what to do next")
+        assert "mpserverctl stats" in line
+        assert f"--port {daemon.port()}" in line
+        assert "mpserverctl streams" in line
