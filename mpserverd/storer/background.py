@@ -17,6 +17,7 @@ import threading
 
 from mpserverd import log
 from mpserverd.log import MessageId
+from mpserverd.storer.advice import advice
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ class Background:
     def __init__(self) -> None:
         self.busy = False
         self.sums: collections.deque[Sum] = collections.deque()
+        self.unreadable: set[tuple[int, int]] = set()
+        """(stream, first) of segments that are not tried again by this process: the others shall have their turn."""
         self._paths: collections.deque[str] = collections.deque()
         self._sealed: collections.deque[tuple[str, Sealed]] = collections.deque()
         self._asked = threading.Event()
@@ -93,14 +96,15 @@ class Background:
                 with contextlib.suppress(OSError):  # a file that was set aside keeps it
                     os.rmdir(path)
             except OSError as error:
-                log.event(logger, logging.ERROR, "retired file not removed", file=path, error=error.strerror)
+                log.event(logger, logging.ERROR, "retired file not removed", file=path, error=advice(error))
 
     def _sum(self, path: str, sealed: Sealed) -> None:
         stream, _, first, end = sealed
         try:
             digest = self._digest(path, end - first)
         except FileNotFoundError:
-            return  # retired meanwhile
+            self.unreadable.add((stream, first))  # retired meanwhile, or somebody took it away
+            return
         except InterruptedError:
             return
         except OSError as error:
@@ -110,8 +114,9 @@ class Background:
                 "sealed segment not readable",
                 message_id=MessageId.SPOOL_DAMAGED,
                 file=path,
-                error=error.strerror,
+                error=advice(error),
             )
+            self.unreadable.add((stream, first))
             return
         self.sums.append((digest, stream, first, end))
 

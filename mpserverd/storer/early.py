@@ -10,6 +10,7 @@ import time
 
 from mpserverd.arena.state import Str
 from mpserverd.storer import plan
+from mpserverd.storer.filesystem import NO_SPACE
 from mpserverd.storer.live import Desk, LiveStream
 from mpserverd.storer.segment_file import SegmentFile
 
@@ -30,7 +31,7 @@ class Early:
         self._desk = desk
 
     def prepare(self, segment_bytes: int) -> None:
-        """Stops after BUDGET_S, and at the first error: whoever needs the place meets it again."""
+        """Stops after BUDGET_S, and when the disk is full. Another error is one stream's, which meets it again."""
         until_s = time.monotonic() + BUDGET_S
         for stream in self._desk.streams.values():
             file = stream.segment
@@ -44,8 +45,9 @@ class Early:
                         self._lengthen(file)
                 elif used > due * (file.limit - file.first) and stream.early is None:
                     self._make_next(stream, file, segment_bytes)
-            except OSError:
-                return
+            except OSError as error:
+                if error.errno in NO_SPACE:
+                    return
             if time.monotonic() > until_s:
                 return
 

@@ -9,8 +9,8 @@ A full disk is no failure of a file: nothing is acknowledged, and the stream is 
 
 from __future__ import annotations
 
+import errno
 import logging
-import os
 import sqlite3
 import time
 from collections.abc import Sequence
@@ -19,10 +19,11 @@ import numpy as np
 
 from mpserverd.log import MessageId
 from mpserverd.log_text import RateLimiter
+from mpserverd.storer.advice import advice
 from mpserverd.storer.filesystem import NO_SPACE
 from mpserverd.storer.live import Desk, LiveStream
 from mpserverd.storer.placing import Work
-from mpserverd.storer.segment_file import SegmentFile
+from mpserverd.storer.segment_file import SegmentFile, rename_aside
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,8 @@ class Failures:
     # -- failed
 
     def _finish_files(self, work: Work, now_s: float) -> None:
-        desk, stream = self._desk, work.stream
+        desk, stream, error = self._desk, work.stream, work.error
+        assert error is not None
         desk.counters.add("write_errors")
         suppressed = self._limiter.admit(now_s)
         if suppressed is not None:
@@ -130,13 +132,15 @@ class Failures:
                 stream=stream.name,
                 offset=work.durable,
                 bytes=work.end - work.durable,
-                error=work.error,
+                error=advice(error),
                 suppressed=suppressed,
             )
         self.put_back([work])
         for file in work.bad:
             self._set_aside(stream, file, work.durable)
         stream.failures += 1
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            stream.directory_synced = False  # whoever took it away: it is made again
         wait_s = 0.0 if stream.failures == 1 else min(FAILED_RETRY_S_MAX, FAILED_RETRY_S_MIN * 2**stream.failures)
         self.retry_at[stream.row] = now_s + wait_s
 
@@ -151,7 +155,10 @@ class Failures:
             desk.resting_bytes += durable - file.first
             self.commit()
         else:
-            path = rename_aside(path)
+            try:
+                path = rename_aside(path)
+            except OSError:  # no other stream is to suffer; this one does not go on before its name is free
+                stream.in_the_way = path
         desk.counters.add("segments_aside")
         desk.note(
             logger,
@@ -195,16 +202,3 @@ class Failures:
                 error=error,
                 suppressed=suppressed,
             )
-
-
-def rename_aside(path: str) -> str:
-    """Give the file a name that nobody uses, and return that. A file that is gone is none."""
-    for number in range(1, 1_000_000):
-        name = f"{path}.aside" if number == 1 else f"{path}.{number}.aside"
-        if not os.path.lexists(name):
-            try:
-                os.rename(path, name)
-            except FileNotFoundError:
-                return path
-            return name
-    raise RuntimeError(f"a million files were set aside beside {path}")

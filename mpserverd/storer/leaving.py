@@ -116,7 +116,8 @@ class Leaving:
         files: list[SegmentFile] = []
         for stream in streams:
             if stream.early is not None:
-                stream.early.remove()
+                with contextlib.suppress(OSError):  # recovery removes it
+                    stream.early.remove()
                 stream.early = None
             file = stream.segment
             if file is None:
@@ -133,11 +134,12 @@ class Leaving:
     def _sync(self, files: Sequence[SegmentFile], indexes: Sequence[int]) -> None:
         desk = self._desk
         if self._sync_wanted and files:
-            with contextlib.suppress(OSError):
-                if len(files) >= WHOLE_SYNC_FILES and desk.filesystem.whole_sync is not WholeSync.NONE:
+            if len(files) >= WHOLE_SYNC_FILES and desk.filesystem.whole_sync is not WholeSync.NONE:
+                with contextlib.suppress(OSError):
                     filesystem.syncfs(desk.root)
-                else:
-                    for descriptor in [*(file.fd for file in files), *indexes]:
+            else:
+                for descriptor in [*(file.fd for file in files), *indexes]:
+                    with contextlib.suppress(OSError):
                         os.fdatasync(descriptor)
         for descriptor in indexes:
             os.close(descriptor)

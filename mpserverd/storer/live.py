@@ -50,6 +50,8 @@ class LiveStream:
     full: bool = False
     """Waits for space on the disk."""
     index_due_s: float = 0.0
+    in_the_way: str = ""
+    """A failed file that could not be renamed; nothing is written before it is."""
 
 
 class Counters:

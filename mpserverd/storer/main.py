@@ -25,6 +25,7 @@ from mpserverd.arena.launch import Launch
 from mpserverd.arena.state import FIRST_WORKER_SLOT, Slot, StateTable, Str, StreamState
 from mpserverd.errors import MpserverdError
 from mpserverd.net.channel import Channel, Kind, Message
+from mpserverd.storer.advice import advice
 from mpserverd.storer.committing import ring, ring_workers, supervisor_starves
 from mpserverd.storer.desk import open_desk
 from mpserverd.storer.live import Desk
@@ -79,8 +80,10 @@ class Storer:
             desk = open_desk(self._launch, self._state, Arena(self._launch.table_fd, self._launch.data_fd))
             store = Store(desk)
             store.recover()
-        except (MpserverdError, OSError) as error:
+        except MpserverdError as error:
             return self._refuse(str(error))
+        except OSError as error:
+            return self._refuse(advice(error))
         desk.outbox.append(Message(Kind.READY))
         while not self._leaving:
             self._turn(desk, store)

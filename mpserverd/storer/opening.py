@@ -2,22 +2,28 @@
 
 A stream is one row in the catalog and one directory from its first whole packet on; the row is committed first, so that
 a directory without a row is always a stranger's, and is never touched. A known name goes on where the catalog says;
-with another packet size, or when a file of it is missing, the name gets a new epoch in a directory of its own.
+with another packet size, or when its files are missing or cannot be used, the name gets a new epoch in a directory of
+its own.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 import re
+import stat
 from collections.abc import Iterable, Sequence
 
 from mpserverd.arena.state import Check, Str, StreamState
+from mpserverd.errors import DamageError
 from mpserverd.limits import STREAM_NAME_BYTES_MAX
 from mpserverd.log import MessageId
 from mpserverd.net.channel import Kind, Message
 from mpserverd.protocol.layout import PacketLayout
 from mpserverd.storer.accounts import GoneBlock, totals_of_record
+from mpserverd.storer.advice import advice
 from mpserverd.storer.catalog import SegmentRecord, StreamRecord
 from mpserverd.storer.live import Desk, LiveStream
 from mpserverd.storer.segment_file import SegmentFile, segment_name
@@ -103,11 +109,17 @@ class Opening:
     # -- files of a stream that the catalog knows
 
     def attach(self, stream: LiveStream, record: StreamRecord) -> bool:
-        """Take up the stream's directory and its open segment. False, loudly, when a file is missing or too short."""
+        """Take up the stream's directory and its open segment. False, loudly, when its files are missing, too short or
+        not to be used: that is this stream's trouble and nobody else's."""
         desk = self._desk
         segments = desk.catalog.segments(record.id)
-        fault = self._fault(record, segments)
-        if fault:
+        path = desk.path_of(record.directory)
+        try:
+            _check_directory(path)
+            for segment in segments:
+                _check_file(path, segment, record.durable)
+        except (OSError, DamageError) as error:
+            fault = advice(error) if isinstance(error, OSError) else str(error)
             desk.note(
                 logger,
                 logging.ERROR,
@@ -119,32 +131,22 @@ class Opening:
             )
             return False
         stream.catalog_id = record.id
-        stream.directory = desk.path_of(record.directory)
+        stream.directory = path
         stream.directory_synced = bool(segments)
         stream.zeros_below = desk.catalog.last_hole_end(record.id)
         if segments and segments[-1].end is None:
             stream.segment = self._reopen(stream, segments[-1].first, record.durable)
         return True
 
-    def _fault(self, record: StreamRecord, segments: Sequence[SegmentRecord]) -> str:
-        path = self._desk.path_of(record.directory)
-        for segment in segments:
-            needed = (record.durable if segment.end is None else segment.end) - segment.first
-            file = os.path.join(path, segment_name(segment.first))
-            try:
-                found = os.stat(file).st_size
-            except FileNotFoundError:
-                return f"{file} is missing"
-            if found < needed:
-                return f"{file} has {found} bytes, {needed} were durable"
-        return ""
-
     def _reopen(self, stream: LiveStream, first: int, durable: int) -> SegmentFile:
+        """Its length is found when it is opened."""
         size = self._desk.spool.segment_bytes
         file = SegmentFile(
             stream.directory, first, durable - durable % size + size, direct=self._desk.filesystem.direct
         )
-        file.allocated = os.stat(file.path).st_size
+        file.allocated = durable - first
+        with contextlib.suppress(OSError):
+            file.allocated = os.stat(file.path).st_size
         file.in_catalog = True
         self._desk.resting_bytes -= durable - first
         return file
@@ -244,3 +246,36 @@ def _with_suffix(name: str, number: int) -> str:
         return name
     suffix = f".{number}"
     return name.encode()[: STREAM_NAME_BYTES_MAX - len(suffix)].decode(errors="ignore") + suffix
+
+
+def _check_directory(path: str) -> None:
+    """Raises OSError when files cannot be made in it. One that is not there can be made."""
+    try:
+        kind = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(kind):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+    _check_permission(path, os.R_OK | os.W_OK | os.X_OK)
+
+
+def _check_file(directory: str, segment: SegmentRecord, durable: int) -> None:
+    """Raises DamageError when bytes are missing, OSError when the file cannot be used."""
+    path = os.path.join(directory, segment_name(segment.first))
+    needed = (durable if segment.end is None else segment.end) - segment.first
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        raise DamageError(f"{path} is missing") from None
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if found.st_size < needed:
+        raise DamageError(f"{path} has {found.st_size} bytes, {needed} were durable")
+    if segment.end is None:
+        _check_permission(path, os.R_OK | os.W_OK)
+
+
+def _check_permission(path: str, mode: int) -> None:
+    """A file system that turned read-only is everybody's trouble, and passes: no reason for a new epoch."""
+    if not os.access(path, mode, effective_ids=True) and not os.statvfs(path).f_flag & os.ST_RDONLY:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)

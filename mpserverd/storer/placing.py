@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 from collections.abc import Sequence
 
 from mpserverd.arena.state import Str
+from mpserverd.log import MessageId
 from mpserverd.storer import plan
 from mpserverd.storer.live import Desk, LiveStream
 from mpserverd.storer.plan import Extent, Hole
-from mpserverd.storer.segment_file import DIRECTORY_MODE, SegmentFile
+from mpserverd.storer.segment_file import DIRECTORY_MODE, SegmentFile, rename_aside
 from mpserverd.storer.writer import PART_BYTES, Part, Scratch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -82,7 +86,7 @@ class Placing:
         """Find, make and lengthen the files. Sets the work's error instead of raising OSError."""
         file = work.stream.segment
         try:
-            self._make_directory(work.stream)
+            self._clear_the_way(work.stream)
             if file is not None and work.holes and work.holes[0][0] < file.limit:
                 self._touch(work, file)
             for extent in plan.extents(work.durable, work.end, work.holes):
@@ -158,7 +162,28 @@ class Placing:
             work.parts.append(Part(file, at, stop, work.low, work.high, zeros_below))
             at = stop
 
-    def _make_directory(self, stream: LiveStream) -> None:
+    def _clear_the_way(self, stream: LiveStream) -> None:
+        """The directory is there, and no failed file has the name of the next one."""
         if not stream.directory_synced:
-            with contextlib.suppress(FileExistsError):
+            try:
                 os.mkdir(stream.directory, DIRECTORY_MODE)
+            except FileExistsError:
+                self._replace_a_file(stream)
+        if stream.in_the_way:
+            rename_aside(stream.in_the_way)
+            stream.in_the_way = ""
+
+    def _replace_a_file(self, stream: LiveStream) -> None:
+        """Somebody's file in the place of the directory is set aside; a link is an operator's, and stays."""
+        path = stream.directory
+        if os.path.isdir(path) or os.path.islink(path):
+            return
+        self._desk.note(
+            logger,
+            logging.ERROR,
+            "a file was in the place of a stream's directory: set aside",
+            MessageId.SPOOL_DAMAGED,
+            stream=stream.name,
+            file=rename_aside(path),
+        )
+        os.mkdir(path, DIRECTORY_MODE)

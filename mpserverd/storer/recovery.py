@@ -2,7 +2,8 @@
 
 The catalog is the truth about what is durable; the table says what the workers still hold. Files that the catalog does
 not account for are renamed to ``*.aside`` and named in the journal, never deleted; only empty early segments and files
-that retention had already given up are removed. Nothing is cut. A missing file stops its stream, loudly.
+that retention had already given up are removed. Nothing is cut. A missing file stops its stream, loudly. What cannot be
+read, renamed or removed is named, and the start goes on: one stream's files are no reason to store nobody's.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from mpserverd.arena.state import Str, StreamFlag
 from mpserverd.log import MessageId
 from mpserverd.log_text import RateLimiter
 from mpserverd.storer.accounts import GoneBlock
+from mpserverd.storer.advice import advice
 from mpserverd.storer.catalog import StreamRecord
-from mpserverd.storer.failures import rename_aside
 from mpserverd.storer.live import Desk, LiveStream
 from mpserverd.storer.opening import Opening
+from mpserverd.storer.segment_file import rename_aside
 
 logger = logging.getLogger(__name__)
 
@@ -139,14 +141,21 @@ class Recovery:
                     seen.add(entry.name)
                     self._look_into(entry.path, record, firsts.get(record.id, set()), is_live=record.id in live)
                 elif not entry.name.endswith(".aside"):
-                    self._say("directory unknown to the catalog set aside", file=rename_aside(entry.path))
+                    self._set_aside("directory unknown to the catalog set aside", entry.path)
         for name in known.keys() - seen:
             if firsts.get(known[name].id):
                 self._say("directory of a stream is missing", stream=known[name].name, directory=name)
 
     def _look_into(self, path: str, record: StreamRecord, expected: set[int], *, is_live: bool) -> None:
         missing = set(expected)
-        for name in os.listdir(path):
+        try:
+            names = os.listdir(path)
+        except OSError as error:
+            self._say(
+                "directory of a stream cannot be read", stream=record.name, epoch=record.epoch, fault=advice(error)
+            )
+            return
+        for name in names:
             stem, suffix = os.path.splitext(name)
             first = int(stem) if suffix in (*_SUFFIXES, ".new") and stem.isdecimal() else -1
             if first in expected and suffix in _SUFFIXES:
@@ -155,11 +164,25 @@ class Recovery:
             elif suffix == ".aside" or (is_live and suffix in _SUFFIXES and first >= record.durable):
                 continue  # or made by a storer that was killed before its commit: written again from the arena
             elif suffix == ".new" or (suffix in _SUFFIXES and first >= 0 and first < record.first_offset):
-                os.unlink(os.path.join(path, name))
+                self._remove(os.path.join(path, name))
             else:
-                self._say("file unknown to the catalog set aside", file=rename_aside(os.path.join(path, name)))
+                self._set_aside("file unknown to the catalog set aside", os.path.join(path, name))
         for first in sorted(missing):
             self._say("segment is missing", stream=record.name, epoch=record.epoch, first=first)
+
+    def _remove(self, path: str) -> None:
+        try:
+            os.unlink(path)
+        except OSError as error:
+            self._say("file that is not needed any more cannot be removed", fault=advice(error))
+
+    def _set_aside(self, text: str, path: str) -> None:
+        try:
+            name = rename_aside(path)
+        except OSError as error:
+            self._say("what the catalog does not know cannot be set aside", fault=advice(error))
+        else:
+            self._say(text, file=name)
 
     def _say(self, text: str, **fields: object) -> None:
         suppressed = self._limiter.admit(time.monotonic())

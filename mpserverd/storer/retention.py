@@ -185,7 +185,7 @@ class Retention:
             desk.to_unlink.append(os.path.join(path, segment_name(segment.first)))
             desk.to_unlink.append(os.path.join(path, index_name(segment.first)))
         if entry.whole:
-            desk.to_unlink.append(path)
+            desk.to_unlink.append(os.path.join(path, ""))  # so that it is removed only if it is a directory
         desk.resting_bytes -= size
         desk.counters.add("segments_retired", len(entry.segments))
         log.event(

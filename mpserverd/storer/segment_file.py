@@ -98,8 +98,9 @@ class SegmentFile:
 
     def close(self) -> None:
         if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+            descriptor, self.fd = self.fd, -1
+            with contextlib.suppress(OSError):  # what was promised was synced before
+                os.close(descriptor)
 
     def begin(self) -> None:
         """An early file becomes the stream's segment."""
@@ -181,3 +182,16 @@ def mend_index(descriptor: int, durable: int) -> None:
             break
     if keep != size:
         os.ftruncate(descriptor, keep)
+
+
+def rename_aside(path: str) -> str:
+    """Give the file a name that nobody uses, and return that. A file that is gone is none. Raises OSError."""
+    for number in range(1, 1_000_000):
+        name = f"{path}.aside" if number == 1 else f"{path}.{number}.aside"
+        if not os.path.lexists(name):
+            try:
+                os.rename(path, name)
+            except FileNotFoundError:
+                return path
+            return name
+    raise RuntimeError(f"a million files were set aside beside {path}")

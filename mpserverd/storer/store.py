@@ -120,10 +120,12 @@ class Store:
                 with desk.catalog.transaction():
                     desk.catalog.set_sums(done)
             if desk.unsummed and not background.busy and not background.has_sums_to_make and not background.sums:
-                found = desk.catalog.unsummed(SUMS_AHEAD)
-                desk.unsummed = len(found) == SUMS_AHEAD
+                most = SUMS_AHEAD + len(background.unreadable)
+                found = desk.catalog.unsummed(most)
+                desk.unsummed = len(found) == most
                 for sealed in found:
-                    background.add(os.path.join(desk.path_of(sealed[1]), segment_name(sealed[2])), sealed)
+                    if (sealed[0], sealed[2]) not in background.unreadable:
+                        background.add(os.path.join(desk.path_of(sealed[1]), segment_name(sealed[2])), sealed)
         except sqlite3.Error as error:
             self.failures.catalog_failed(error)
 
