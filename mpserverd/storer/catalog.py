@@ -18,6 +18,8 @@ from mpserverd.errors import LayoutError, StartError
 
 CATALOG_FILE = "catalog.sqlite"
 LAYOUT_VERSION = "1"
+APPLICATION_ID = 0x6D707364
+"""SQLite's word for whose file it is ("mpsd"). Older catalogs have 0 and are known by their layout."""
 _BUSY_TIMEOUT_S = 10.0
 _CHECKPOINT_PAGES = 4000
 """16 MiB of log: less, and ten thousand streams would checkpoint in every cycle."""
@@ -105,7 +107,11 @@ class Catalog:
         self.path = os.path.join(spool, CATALOG_FILE)
         try:
             self._connection = sqlite3.connect(self.path, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
-            self._prepare(durable)
+            try:
+                self._prepare(durable)
+            except BaseException:
+                self._connection.close()
+                raise
         except sqlite3.Error as error:
             raise StartError(
                 f"cannot open the catalog {self.path}: {error}; check the permissions of [spool] path, "
@@ -114,18 +120,38 @@ class Catalog:
 
     def _prepare(self, durable: bool) -> None:
         run = self._connection.execute
+        self._require_ours()  # before anything is changed: it may be somebody else's
         run("PRAGMA journal_mode = WAL")
         run(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
         run(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
         run(f"PRAGMA journal_size_limit = {_LOG_BYTES_MAX}")
-        has_meta = run("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone() is not None
-        found = run("SELECT value FROM meta WHERE key = 'layout_version'").fetchone() if has_meta else None
-        if found is not None and found[0] != LAYOUT_VERSION:
-            raise LayoutError(f"{self.path} has layout {found[0]}, this version knows {LAYOUT_VERSION}")
         with self.transaction():
+            run(f"PRAGMA application_id = {APPLICATION_ID}")
             for statement in _SCHEMA:
                 run(statement)
             run("INSERT OR IGNORE INTO meta VALUES ('layout_version', ?)", (LAYOUT_VERSION,))
+
+    def _require_ours(self) -> None:
+        """An empty file will do, and a catalog of this layout. Raises LayoutError."""
+        run = self._connection.execute
+        application = run("PRAGMA application_id").fetchone()[0]
+        columns = {name for (name,) in run("SELECT name FROM pragma_table_info('meta')")}
+        found = None
+        if {"key", "value"} <= columns:
+            found = run("SELECT value FROM meta WHERE key = 'layout_version'").fetchone()
+        if application not in (0, APPLICATION_ID) or (found is None and self._has_tables()):
+            raise LayoutError(
+                f"{self.path} is a database, but not a catalog of mpserverd, and is left as it is; "
+                "move it away, or change [spool] path"
+            )
+        if found is not None and found[0] != LAYOUT_VERSION:
+            raise LayoutError(
+                f"{self.path} has layout {found[0]}, this version knows {LAYOUT_VERSION}; "
+                "use the version of mpserverd that wrote it"
+            )
+
+    def _has_tables(self) -> bool:
+        return self._connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone() is not None
 
     def close(self) -> None:
         self._connection.close()
