@@ -180,6 +180,7 @@ class Accepting:
 
     def stop(self) -> None:
         """Take what the kernel has completed already, then close all."""
+        self.has_room = _always  # nobody is to be kept over the end
         for listener in self._open.values():
             if self._serving:
                 while self._accept_batch(listener) == ACCEPT_BATCH_MAX:

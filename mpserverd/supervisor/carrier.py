@@ -20,10 +20,15 @@ from collections.abc import Callable, Iterable, Iterator
 
 FDS_A_MESSAGE_MAX = 250
 """The kernel's SCM_MAX_FD is 253."""
-SINGLES_MAX = 200
-"""At stock buffer sizes a pair takes 278 messages; past so many single ones a carrier is packed anew."""
-SINGLES_FULL = 260
-"""From here on it is as good as full."""
+SINGLES_MAX = 150
+"""Past so many messages that were added one by one a carrier is packed anew."""
+SEND_BUFFER_BYTES = 212_992
+"""The stock limit (net.core.wmem_max). The kernel doubles what is asked for, and counts 768 bytes for a message with
+one descriptor and 4,352 for one with 250: room for 554 or 97 of them."""
+_SINGLE_COST_BYTES, _PACKED_COST_BYTES = 768, 4_352
+_FULL_BYTES = 2 * SEND_BUFFER_BYTES - 8 * _SINGLE_COST_BYTES
+SMALL_MAX = 16
+"""A message of so many descriptors costs no more than one of a single one."""
 _COOKIE_BYTES = 8
 _BODY_BYTES_MAX = FDS_A_MESSAGE_MAX * _COOKIE_BYTES
 
@@ -40,7 +45,9 @@ class Carrier:
             end.setblocking(False)
         self._into = into
         self._out_of = out_of
-        self.message_count = 0
+        into.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        self._single_count = 0
+        self._used_bytes = 0
 
     @classmethod
     def make(cls) -> Carrier:
@@ -58,7 +65,12 @@ class Carrier:
 
     @property
     def wants_packing(self) -> bool:
-        return self.message_count >= SINGLES_MAX
+        return self._single_count >= SINGLES_MAX
+
+    @property
+    def is_full(self) -> bool:
+        """As good as."""
+        return self._used_bytes >= _FULL_BYTES
 
     def close(self) -> None:
         self._into.close()
@@ -75,7 +87,8 @@ class Carrier:
             self._into.sendmsg([body], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
         except OSError as error:
             raise CarrierFullError(error.errno, error.strerror) from error
-        self.message_count += 1
+        self._single_count += len(entries) == 1
+        self._used_bytes += _SINGLE_COST_BYTES if len(entries) <= SMALL_MAX else _PACKED_COST_BYTES
 
     def fill(self, entries: Iterable[tuple[int, int]]) -> None:
         """Add any number, packed."""

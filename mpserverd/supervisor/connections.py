@@ -200,7 +200,8 @@ class Connections:
         self.streams.take_up()
         table = self._core.state.connections
         taken = np.flatnonzero(table[:, Con.STATE] != ConnectionState.FREE).tolist()
-        self._free_rows = [row for row in self._free_rows if row not in set(taken)]
+        rows_taken = set(taken)
+        self._free_rows = [row for row in self._free_rows if row not in rows_taken]
         found = [self._from_row(row, fds) for row in taken]
         for connection in found:
             self._enter(connection)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from mpserverd import log
-from mpserverd.supervisor.carrier import SINGLES_FULL, Carrier, CarrierFullError
+from mpserverd.supervisor.carrier import Carrier, CarrierFullError
 from mpserverd.supervisor.core import Core
 from mpserverd.supervisor.fd_store import FdStore
 from mpserverd.supervisor.loop import READ
@@ -114,7 +114,7 @@ class Keeping:
 
     def has_room(self) -> bool:
         """Whether newcomers can be carried now; if not, the kernel's queue keeps them until systemd has answered."""
-        if self._barrier < 0 or self._carriers[-1][1].message_count < SINGLES_FULL:
+        if self._barrier < 0 or not self._carriers[-1][1].is_full:
             return True
         return time.monotonic() - self._barrier_s > ANSWER_S
 

@@ -358,6 +358,7 @@ class Supervisor:
     def _say_ready(self) -> None:
         core = self._core
         self._ready = True
+        self._connections.house()
         core.show_phase()
         self._accepting.serve()
         if self._control is not None:
@@ -496,7 +497,9 @@ class Supervisor:
             restarts=child.restarts,
         )
         if child.role is Role.WORKER:
-            self._connections.house()
+            # at the start not before all are there: the first one would get everything that was taken up
+            if self._ready or all(worker.was_ready for worker in self._children.workers()):
+                self._connections.house()
         else:
             self._core.ring_storer()
 

@@ -16,7 +16,7 @@ import pytest
 
 from mpserverd.load.stand_in_socket import NotifySocket
 from mpserverd.load.stand_in_store import FdStore as Stored
-from mpserverd.supervisor.carrier import FDS_A_MESSAGE_MAX, Carrier
+from mpserverd.supervisor.carrier import SINGLES_MAX, Carrier
 from mpserverd.supervisor.fd_store import FdStore
 from mpserverd.supervisor.keeping import Keeping, carrier_names, carrier_number
 from mpserverd.supervisor.loop import Loop
@@ -49,7 +49,7 @@ def test_names_tell_their_number() -> None:
 def test_what_is_put_in_comes_out_with_its_cookie(files: list[int]) -> None:
     with contextlib.closing(Carrier.make()) as carrier:
         carrier.fill(entries(files))
-        assert carrier.message_count == -(-CONNECTIONS // FDS_A_MESSAGE_MAX)
+        assert not carrier.wants_packing
         taken = dict(carrier.take_all())
         assert sorted(taken) == list(range(1, CONNECTIONS + 1))
         for fd in taken.values():
@@ -70,12 +70,26 @@ def test_only_what_is_wanted_moves_to_another_carrier(files: list[int]) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_carrier_holds_at_least_200_single_messages(files: list[int]) -> None:
+def test_singles_fit_beside_sixteen_thousand_packed_ones(files: list[int]) -> None:
+    """What LimitNOFILE of the unit allows, until it is packed anew."""
     with contextlib.closing(Carrier.make()) as carrier:
-        for entry in entries(files)[:200]:
+        carrier.fill((number, files[0]) for number in range(14_000))
+        for number in range(SINGLES_MAX):
             assert not carrier.wants_packing
-            carrier.put([entry])
+            carrier.put([(number, files[0])])
         assert carrier.wants_packing
+        assert not carrier.is_full
+
+
+@pytest.mark.parametrize("packed", [0, 4_700, 14_000])
+def test_a_carrier_says_in_time_that_it_is_full(files: list[int], packed: int) -> None:
+    with contextlib.closing(Carrier.make()) as carrier:
+        carrier.fill((number, files[0]) for number in range(packed))
+        count = 0
+        while not carrier.is_full:
+            carrier.put([(count, files[0])])
+            count += 1
+        assert count > SINGLES_MAX
 
 
 class Store:
