@@ -14,7 +14,7 @@ import pathlib
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -105,7 +105,7 @@ RUN_OPTIONS: tuple[Option, ...] = (
     Option("--max-reconnects", "N", number(int, 0, 10**9), 0, "With more lost connections than this: exit code 1."),
     Option("--verify", "SPOOL", pathlib.Path, None, "Afterwards find each connection in this spool; compare hashes."),
     Option("--verify-timeout", "S", number(float, 0, 86_400), 30.0, "How long to wait until the spool holds all."),
-    Option("--control-socket", "PATH", str, None, "Ask the daemon for `latency_ms` and what it received."),
+    Option("--control-socket", "PATH", str, None, "Ask the daemon for `latency_ms` and what it received and stored."),
     Option("--json", "FILE", str, None, "Write the figures as one JSON object; `-`: standard output, without tables."),
     Option("--quiet", "", None, False, "No progress, no tables."),
 )
@@ -149,12 +149,11 @@ def run(arguments: argparse.Namespace) -> int:
     """The command ``run``; its exit code."""
     scenario = make_scenario(arguments)
     ask = None if arguments.control_socket is None else control_client(arguments.control_socket)
-    if ask is not None:
-        ask()  # what cannot be had afterwards is said before
+    before = {} if ask is None else ask().totals  # what cannot be had afterwards is said before
     if arguments.verify is not None:
         open_spool(arguments.verify)
     processes = min(arguments.processes or os.cpu_count() or 1, scenario.clients)
-    outcome, figures = _send(scenario, processes, arguments, ask)
+    outcome, figures = _send(scenario, processes, arguments, ask, before)
     verification = None if arguments.verify is None else _verify(scenario, outcome, arguments)
     report = summarize(scenario, outcome, processes, figures=figures, verification=verification)
     thresholds = Thresholds(arguments.min_rate_percent, arguments.max_reconnects)
@@ -166,7 +165,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _send(
-    scenario: Scenario, processes: int, arguments: argparse.Namespace, ask: Ask | None
+    scenario: Scenario, processes: int, arguments: argparse.Namespace, ask: Ask | None, before: Mapping[str, int]
 ) -> tuple[Outcome, DaemonFigures | None]:
     figures: list[DaemonFigures] = []
 
@@ -174,7 +173,7 @@ def _send(
         if ask is None:
             return
         try:
-            figures.append(collect(ask, sent_bytes))
+            figures.append(collect(ask, sent_bytes, before))
         except MpserverdError as error:
             print(f"mpload: --control-socket: {error}", file=sys.stderr)  # the run is done, its figures are good
 

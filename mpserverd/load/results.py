@@ -63,6 +63,7 @@ def summarize(
         "packets_sent": packets,
         "bytes_sent": sum(client.bytes for client in clients),
         "packets_acked": None,
+        "packets_delivered": _packets_delivered(scenario, clients),
         "packets_unsent": sum(client.packets_unsent for client in clients),
         "rate": round(sum(client_rate(client) for client in clients), 3),
         "target_rate": None if scenario.flat_out else float(scenario.rate * scenario.clients),
@@ -74,12 +75,13 @@ def summarize(
         "lateness_ms": outcome.lateness.as_ms(50, 99, 99.9),
         "latency_ms": None if figures is None else figures.latency_ms,
         "duration_s": round(max((client.elapsed_s for client in clients), default=0.0), 6),
-        "success_rate": _success_rate(scenario, clients, verification, figures),
+        "success_rate": _success_rate(clients, verification, figures),
         "cpu": {
             "user_s": round(outcome.cpu_user_s, 3),
             "system_s": round(outcome.cpu_system_s, 3),
             "ns_per_packet": round(cpu_s * 1e9 / packets, 2) if packets else None,
         },
+        "daemon": None if figures is None else figures.ledger,
         "verify": None if verification is None else verification.as_json(),
         "per_client": [_client_json(client) for client in clients],
     }
@@ -142,25 +144,31 @@ def _client_json(client: ClientResult) -> dict[str, Any]:
     }
 
 
+def _packets_delivered(scenario: Scenario, clients: Sequence[ClientResult]) -> int:
+    """Without those that were not acknowledged by the other kernel when their connection broke. Nobody says that they
+    were read, much less stored."""
+    records = [record for client in clients for record in client.connections]
+    lost = sum(-(-record.unconfirmed_bytes // scenario.packet_size) for record in records)
+    return max(0, sum(client.packets for client in clients) - lost)
+
+
 def _success_rate(
-    scenario: Scenario,
-    clients: Sequence[ClientResult],
-    verification: Verification | None,
-    figures: DaemonFigures | None,
+    clients: Sequence[ClientResult], verification: Verification | None, figures: DaemonFigures | None
 ) -> float | None:
-    """Stored over sent; without a look into the spool, what the daemon had not received and what was lost with a
-    connection is taken off."""
+    """Stored over sent, by the spool or else by the daemon's ledger; None where neither tells what became of ours.
+
+    What a listener with ``store = false`` checked and gave up counts as stored: it did what it was told.
+    """
     packets = sum(client.packets for client in clients)
     if not packets:
         return None
     if verification is not None:
         return verification.stored_packets / packets
-    records = [record for client in clients for record in client.connections]
-    lost_bytes = [record.unconfirmed_bytes for record in records]
-    if figures is not None:
-        lost_bytes += [max(0, sent - figures.received_bytes.get(peer, 0)) for peer, sent in figures.sent_bytes.items()]
-    lost = sum(-(-lost // scenario.packet_size) for lost in lost_bytes)
-    return max(0, packets - lost) / packets
+    ledger = None if figures is None else figures.ledger
+    sent_bytes = sum(client.bytes for client in clients)
+    if ledger is None or ledger["received_bytes"] > sent_bytes:  # more than ours: somebody else sent too
+        return None
+    return (ledger["stored_bytes"] + ledger["unstored_bytes"]) / sent_bytes
 
 
 def _unconfirmed_bytes(client: ClientResult) -> int:

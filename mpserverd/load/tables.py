@@ -50,9 +50,15 @@ def total_lines(report: Mapping[str, Any]) -> list[str]:
         f"rate        {report['rate']:,.1f} packets/s ({wanted}), {_bytes_per_s(report):,.0f} bytes/s",
         f"connecting  {_figures(report['connect_ms'])}",
         f"lateness    {_figures(report['lateness_ms'])}",
-        f"success     {_percent(report['success_rate'])}; {report['packets_unsent']:,} packets unsent, "
+        f"{_success(report)}; {report['packets_unsent']:,} packets unsent, "
         f"{report['reconnects']} reconnects, {report['unconfirmed_bytes']:,} bytes unconfirmed",
     ]
+    if report["daemon"] is not None:
+        told = report["daemon"]
+        lines.append(
+            f"daemon      {told['received_bytes']:,} bytes received, {told['stored_bytes']:,} stored, "
+            f"{told['dropped_bytes']:,} dropped" + _unstored(told["unstored_bytes"])
+        )
     if report["latency_ms"] is not None:
         lines.append(f"latency     {_figures(report['latency_ms'])} (scheduled to received, the worst client each)")
     if report["verify"] is not None:
@@ -80,5 +86,12 @@ def _figures(figures: Mapping[str, float] | None) -> str:
     return "-" if figures is None else ", ".join(f"{name} {value:.3f} ms" for name, value in figures.items())
 
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.4f} %"
+def _success(report: Mapping[str, Any]) -> str:
+    """What was stored is success; where nobody looked, what the other kernel took is all that can be said."""
+    if report["success_rate"] is not None:
+        return f"success     {100 * report['success_rate']:.4f} % stored"
+    return f"delivered   {report['packets_delivered']:,} packets to the server's kernel; what was stored is not known"
+
+
+def _unstored(unstored_bytes: int) -> str:
+    return f", {unstored_bytes:,} checked and not to be stored" if unstored_bytes else ""

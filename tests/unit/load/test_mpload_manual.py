@@ -13,6 +13,7 @@ from mpserverd.cli.load_options import Option
 from mpserverd.load.chaos_plan import ChaosOptions
 from mpserverd.load.chaos_report import ChaosReport
 from mpserverd.load.crew import Outcome
+from mpserverd.load.daemon_figures import LEDGER_FIELDS
 from mpserverd.load.link import ClientResult, ConnectionRecord
 from mpserverd.load.results import summarize
 from mpserverd.load.scenario import Scenario
@@ -59,7 +60,8 @@ def test_the_manual_has_each_field_of_the_report() -> None:
     fields = {*report, *report["per_client"][0], *vars(record)}
     named = set(re.findall(r"`([a-z_0-9]+)`", text))
     assert fields <= named
-    assert named - fields <= {"p50", "p99", "p999", "max", *report["cpu"], "stored_packets", "mismatches", "notes"}
+    inner = {"p50", "p99", "p999", "max", *report["cpu"], *LEDGER_FIELDS, "stored_packets", "mismatches", "notes"}
+    assert named - fields <= inner and set(LEDGER_FIELDS) <= named
 
 
 def test_the_manual_names_each_option_that_it_speaks_of() -> None:

@@ -41,7 +41,7 @@ def test_the_report_has_the_fields_that_others_rely_on() -> None:
     assert report["schema_version"] == 1
     assert (report["clients"], report["packets_sent"], report["bytes_sent"]) == (2, 2000, 32_000)
     assert (report["rate"], report["target_rate"], report["duration_s"]) == (200.0, 200.0, 10.0)
-    assert (report["packets_acked"], report["latency_ms"], report["success_rate"]) == (None, None, 1.0)
+    assert (report["packets_acked"], report["latency_ms"], report["success_rate"]) == (None, None, None)
     wanted = {"errors", "reconnects", "connect_ms", "lateness_ms", "per_client", "unconfirmed_bytes"}
     assert wanted <= report.keys()
     wanted = {"client", "packets", "bytes", "rate", "local_address", "reconnects", "errors", "sha256"}
@@ -77,15 +77,52 @@ def test_a_flat_out_run_has_no_rate_to_miss() -> None:
     assert misses(scenario(rate=Fraction(0)), Outcome([client(0, 1), client(1, 1)]), STRICT, None) == []
 
 
-def test_success_is_what_is_stored_or_else_what_was_not_lost() -> None:
+def figures(stored: int, dropped: int = 0, unstored: int = 0) -> DaemonFigures:
+    received = stored + dropped + unstored
+    fields = {"received_bytes": received, "stored_bytes": stored, "unstored_bytes": unstored, "dropped_bytes": dropped}
+    return DaemonFigures({"p50": 1.0}, {}, {}, fields)
+
+
+def lines(report: dict[str, Any], clients: list[ClientResult]) -> str:
+    output = io.StringIO()
+    print_summary(Console(file=output, width=140), report, clients)
+    return output.getvalue()
+
+
+def test_success_is_what_is_stored_and_unknown_where_nobody_looked() -> None:
     outcome = Outcome([client(0, records=[connection("EPIPE", unconfirmed_bytes=33)]), client(1)])
-    assert summarize(scenario(), outcome, 1)["success_rate"] == 1997 / 2000
-    stored = Verification(stored_packets=1500)
-    assert summarize(scenario(), outcome, 1, verification=stored)["success_rate"] == 0.75
-    figures = DaemonFigures({"p50": 1.0}, {"127.0.0.1:7": 16_000}, {"127.0.0.1:7": 8_000})
-    report = summarize(scenario(), outcome, 1, figures=figures)
-    assert report["success_rate"] == (2000 - 3 - 500) / 2000
+    report = summarize(scenario(), outcome, 1)
+    assert (report["success_rate"], report["packets_delivered"], report["daemon"]) == (None, 1997, None)
+    text = lines(report, outcome.clients)
+    assert "delivered   1,997 packets to the server's kernel; what was stored is not known" in text
+    assert "success" not in text
+
+
+def test_success_is_by_the_spool_or_else_by_the_ledger() -> None:
+    outcome = Outcome([client(0), client(1)])
+    report = summarize(scenario(), outcome, 1, figures=figures(8_000, dropped=24_000))
+    assert report["success_rate"] == 0.25 and report["daemon"]["dropped_bytes"] == 24_000
     assert report["latency_ms"] == {"p50": 1.0}
+    text = lines(report, outcome.clients)
+    assert "success     25.0000 % stored" in text
+    assert "daemon      32,000 bytes received, 8,000 stored, 24,000 dropped\n" in text
+    stored = Verification(stored_packets=1500)
+    report = summarize(scenario(), outcome, 1, figures=figures(8_000), verification=stored)
+    assert report["success_rate"] == 0.75
+
+
+def test_what_is_not_to_be_stored_is_a_success_and_said() -> None:
+    outcome = Outcome([client(0), client(1)])
+    report = summarize(scenario(), outcome, 1, figures=figures(0, unstored=32_000))
+    assert report["success_rate"] == 1.0
+    assert "32,000 checked and not to be stored" in lines(report, outcome.clients)
+
+
+def test_a_ledger_that_others_filled_too_tells_nothing() -> None:
+    outcome = Outcome([client(0), client(1)])
+    assert summarize(scenario(), outcome, 1, figures=figures(32_016))["success_rate"] is None
+    begun_anew = DaemonFigures(None, {}, {}, None)
+    assert summarize(scenario(), outcome, 1, figures=begun_anew)["success_rate"] is None
 
 
 def test_tables_show_the_first_clients_and_the_worst_others() -> None:
