@@ -22,6 +22,7 @@ from mpserverd.storer.accounts import GoneBlock, checks_of_row, named_totals, to
 from mpserverd.storer.failures import Failures
 from mpserverd.storer.filesystem import WholeSync
 from mpserverd.storer.live import Desk, LiveStream
+from mpserverd.storer.retention import Retention
 from mpserverd.storer.segment_file import SegmentFile
 from mpserverd.storer.syncing import WHOLE_SYNC_FILES
 
@@ -32,10 +33,13 @@ STREAMS_MAX = 500
 class Leaving:
     """``finish`` sees off DRAINING streams that have nothing left to write; ``more`` says that some had to wait."""
 
-    def __init__(self, desk: Desk, gone: GoneBlock, failures: Failures, *, sync_wanted: bool) -> None:
+    def __init__(
+        self, desk: Desk, gone: GoneBlock, failures: Failures, retention: Retention, *, sync_wanted: bool
+    ) -> None:
         self._desk = desk
         self._gone = gone
         self._failures = failures
+        self._retention = retention
         self._sync_wanted = sync_wanted
         self._released = desk.catalog.released()
         self.more = False
@@ -66,7 +70,9 @@ class Leaving:
             self._failures.catalog_failed(error)
             return 0
         if stored or others:
+            excess = self._retention.excess(stored)
             self._free_rows(stored, others)
+            self._retention.ended(excess)
         self.more = more
         return len(stored) + len(others)
 

@@ -26,10 +26,14 @@ from mpserverd.storer.segment_file import index_name, segment_name
 
 logger = logging.getLogger(__name__)
 
+Excess = tuple[int, int]
+"""(stream, bytes over its own limit)."""
+
 SEGMENTS_MAX = 512
 """Retired in one pass; the next one is a second later."""
 ALL_STREAMS_INTERVAL_S = 60.0
-"""Streams that are not connected do not grow; they are held against their limit so often, for a limit that changed."""
+"""Streams that are not connected do not grow; they are cut when they end, and held against their limit so often for
+one that changed."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -61,7 +65,19 @@ class Retention:
 
     def apply(self, now_s: float, now_unix_ns: int) -> int:
         """Retire what is too much. Returns the bytes given back."""
-        chosen = [*self._too_old(now_unix_ns), *self._over_own_limit(now_s), *self._over_all()]
+        return self._try_retire([*self._too_old(now_unix_ns), *self._over_own_limit(now_s), *self._over_all()])
+
+    def excess(self, streams: Sequence[LiveStream]) -> list[Excess]:
+        """Which of the streams hold more than they may, while their rows still say so."""
+        if not self._has_own_limits:
+            return []
+        return [(s.catalog_id, over) for s in streams if s.catalog_id and (over := self._over(s)) > 0]
+
+    def ended(self, excess: Sequence[Excess]) -> None:
+        """These streams just left the table: nobody looks at them every second any more, so they are cut now."""
+        self._try_retire([segment for stream, over in excess for segment in self._oldest(stream, over)])
+
+    def _try_retire(self, chosen: Sequence[SegmentRecord]) -> int:
         if not chosen:
             return 0
         try:
@@ -81,14 +97,11 @@ class Retention:
 
     def _over_own_limit(self, now_s: float) -> list[SegmentRecord]:
         desk = self._desk
-        if not self._limits and not desk.spool.max_bytes_per_stream:
+        if not self._has_own_limits:
             return []
         chosen = []
-        for stream in desk.streams.values():
-            limit = self._limit(stream.name, named=stream.named)
-            if limit and stream.catalog_id:
-                size = desk.word(stream, Str.DURABLE) - desk.word(stream, Str.FIRST_OFFSET)
-                chosen += self._oldest(stream.catalog_id, size - limit)
+        for stream, over in self.excess(list(desk.streams.values())):
+            chosen += self._oldest(stream, over)
         if now_s >= self._next_all_s:
             self._next_all_s = now_s + ALL_STREAMS_INTERVAL_S
             live = {stream.catalog_id for stream in desk.streams.values()}
@@ -97,6 +110,15 @@ class Retention:
                 if limit and record.id not in live:
                     chosen += self._oldest(record.id, record.durable - record.first_offset - limit)
         return chosen
+
+    @property
+    def _has_own_limits(self) -> bool:
+        return bool(self._limits or self._desk.spool.max_bytes_per_stream)
+
+    def _over(self, stream: LiveStream) -> int:
+        """By how many bytes a stream in the table is over its own limit."""
+        desk, limit = self._desk, self._limit(stream.name, named=stream.named)
+        return desk.word(stream, Str.DURABLE) - desk.word(stream, Str.FIRST_OFFSET) - limit if limit else 0
 
     def _limit(self, name: str, *, named: bool) -> int:
         own = self._limits.get(name, 0) if named else 0

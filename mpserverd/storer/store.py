@@ -41,7 +41,9 @@ class Store:
         self.retention = Retention(desk, self._gone, self.failures)
         self.background = Background()
         self._early = Early(desk)
-        self._leaving = Leaving(desk, self._gone, self.failures, sync_wanted=desk.spool.sync is Sync.DURABLE)
+        self._leaving = Leaving(
+            desk, self._gone, self.failures, self.retention, sync_wanted=desk.spool.sync is Sync.DURABLE
+        )
         self._next_ballast_s = 0.0
         self._written_bytes = 0
         self._ticked_s = 0.0
@@ -75,6 +77,7 @@ class Store:
 
     def put_everything_away(self) -> bool:
         """The daemon stops: every file is cut and every stream said to be disconnected. False: try again."""
+        self.retention.apply(time.monotonic(), time.time_ns())  # the last second's; a successor removes the files
         try:
             streams = [stream for stream in self._desk.streams.values() if stream.catalog_id]
             self._leaving.put_away(streams)

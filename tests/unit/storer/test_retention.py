@@ -161,3 +161,36 @@ def test_disk_space_that_must_stay_free_is_made_by_retention(make_rig: RigMaker,
     rig.desk.space.measure = lambda: None  # type: ignore[method-assign]
     tick(rig)
     assert client.word(Str.FIRST_OFFSET) >= 2 * SEGMENT
+
+
+def test_streams_that_end_between_two_looks_are_cut_at_once(make_rig: RigMaker) -> None:
+    config = ClientConfig(id="own", address=ipaddress.ip_network("192.0.2.1"), max_spool_bytes=2 * SEGMENT)
+    rig = make_rig(segment_bytes=SEGMENT, clients=(config,), max_bytes_per_stream=3 * SEGMENT)
+    tick(rig)
+    clients = {"peer": rig.fresh("peer"), "one": rig.named("one", seed=2), "own": rig.named("own", seed=3)}
+    for client in clients.values():
+        client.send_all(10 * SEGMENT + 160)
+        client.end()
+        rig.steps(2)
+        assert client.state() is StreamState.FREE
+    kept = dict(rig.ask("SELECT name, durable - first_offset FROM stream"))  # type: ignore[arg-type]
+    assert kept == {"peer": 2 * SEGMENT + 160, "one": 2 * SEGMENT + 160, "own": SEGMENT + 160}
+    tick(rig)
+    wait_until(lambda: len(seg_files(rig)) == 3 + 3 + 2)
+    sent = sum(client.sent for client in clients.values())
+    assert rig.gone(Gone.DURABLE_BYTES) == sent
+    assert rig.gone(Gone.RETIRED_BYTES) == sent - sum(kept.values()) == 8 * SEGMENT + 8 * SEGMENT + 9 * SEGMENT
+    rig.restart()
+    assert rig.gone(Gone.RETIRED_BYTES) == sent - sum(kept.values())
+
+
+def test_a_stop_leaves_no_stream_over_its_limit(make_rig: RigMaker) -> None:
+    rig = make_rig(segment_bytes=SEGMENT, max_bytes_per_stream=3 * SEGMENT)
+    tick(rig)
+    client = rig.fresh("peer")
+    client.send_all(10 * SEGMENT + 160)
+    rig.steps(2)
+    assert rig.store.put_everything_away()
+    assert rig.one("SELECT durable - first_offset FROM stream") == 2 * SEGMENT + 160
+    rig.restart()
+    assert len(seg_files(rig)) == 3
