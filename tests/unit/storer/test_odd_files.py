@@ -114,21 +114,56 @@ def test_a_stream_with_something_else_in_the_place_of_its_files_goes_on_in_a_new
     assert_only_it_stops(rig, break_it)
 
 
-@pytest.mark.root
-@pytest.mark.skipif(os.geteuid() != 0, reason="taking permissions away needs root")
-@pytest.mark.parametrize("break_it", [directory_of_root, directory_read_only, segment_of_root])
-def test_a_stream_without_permission_for_its_files_goes_on_in_a_new_epoch(break_it: Breakage) -> None:
+@pytest.fixture
+def rig_of_nobody() -> Iterator[Rig]:
+    """The test runs as a user who may not everything, in a directory of his own."""
+    if os.getuid() != 0:
+        pytest.skip("taking permissions away needs root")
     with tempfile.TemporaryDirectory() as place:
         os.chown(place, NOBODY, NOBODY)
         os.seteuid(NOBODY)
         try:
             rig = Rig(pathlib.Path(place))
             try:
-                assert "chown -R nobody: " in assert_only_it_stops(rig, break_it)
+                yield rig
             finally:
                 rig.close()
         finally:
             os.seteuid(0)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("break_it", [directory_of_root, directory_read_only, segment_of_root])
+def test_a_stream_without_permission_for_its_files_goes_on_in_a_new_epoch(
+    rig_of_nobody: Rig, break_it: Breakage
+) -> None:
+    assert "chown -R nobody: " in assert_only_it_stops(rig_of_nobody, break_it)
+
+
+@pytest.mark.root
+def test_a_live_stream_without_permission_waits_loses_nothing_and_goes_on_when_it_has_it(rig_of_nobody: Rig) -> None:
+    rig = rig_of_nobody
+    one, other = rig.fresh("one"), rig.fresh("other")
+    for client in (one, other):
+        client.send(1600)
+    rig.step()
+    directory = rig.spool / "streams" / "one"
+    with as_root():
+        directory_of_root(directory)
+    rig.restart()
+    for client in (one, other):
+        client.send(1600)
+        client.leave()
+    rig.steps(5)
+    assert (one.word(Str.DURABLE), one.state()) == (1600, StreamState.DRAINING)
+    assert other.state() is StreamState.FREE
+    rig.assert_stored(other, "other")
+    assert any(text.startswith("write failed") and f"chown -R nobody: {directory}" in text for text in told(rig))
+    with as_root():
+        os.chown(directory, NOBODY, NOBODY)
+    rig.steps(60)
+    assert one.state() is StreamState.FREE
+    rig.assert_stored(one, "one")
 
 
 def test_a_live_stream_whose_directory_became_a_file_goes_on_beside_after_a_restart(rig: Rig) -> None:
