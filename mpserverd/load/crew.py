@@ -26,6 +26,7 @@ from mpserverd.load.link import ClientResult, ConnectionRecord
 from mpserverd.load.messages import Message, MessageStream
 from mpserverd.load.scenario import Scenario, split_clients, targets_as_text
 from mpserverd.load.sender import run_sender
+from mpserverd.load.words import reason_text
 
 TICK_S = 0.25
 START_MARGIN_NS, START_MARGIN_NS_PER_CLIENT = 20_000_000, 50_000
@@ -131,7 +132,7 @@ class Crew:
     def _check_reachable(self) -> None:
         ready = [said["ready"] for said in self._said.values()]
         if not any(message["ever_connected"] for message in ready):
-            reasons = sorted({str(message["last_error"]) for message in ready})
+            reasons = sorted({reason_text(message["last_error"] or "no attempt was made") for message in ready})
             raise UnreachableError(
                 f"no client could connect to {targets_as_text(self.scenario.targets)}: {', '.join(reasons)}"
             )

@@ -13,6 +13,7 @@ from rich.progress import Progress as Bar
 
 from mpserverd.load.crew import Progress
 from mpserverd.load.scenario import Scenario
+from mpserverd.load.words import reason_text
 
 LINE_INTERVAL_S = 1.0
 
@@ -62,7 +63,7 @@ def progress_text(scenario: Scenario, now: Progress, rate: float) -> str:
         f"{rate:,.0f} packets/s ({target})  {now.packets:,} packets {now.bytes:,} bytes sent  "
         f"{now.connected}/{scenario.clients} clients  {now.errors} errors"
     )
-    return f"{text} ({now.last_error})" if now.errors and now.last_error else text
+    return f"{text} ({reason_text(now.last_error)})" if now.errors and now.last_error else text
 
 
 def progress_share(scenario: Scenario, now: Progress) -> float:

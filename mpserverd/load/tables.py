@@ -10,6 +10,7 @@ from rich.table import Table
 
 from mpserverd.load.link import ClientResult
 from mpserverd.load.results import client_rate, client_rows
+from mpserverd.load.words import reason_text
 
 
 def print_summary(console: Console, report: Mapping[str, Any], clients: Sequence[ClientResult]) -> None:
@@ -68,7 +69,7 @@ def total_lines(report: Mapping[str, Any]) -> list[str]:
             f"{len(found['mismatches'])} mismatches"
         )
     if report["errors"]:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in report["errors_by_reason"].items())
+        reasons = ", ".join(f"{count} x {reason_text(word)}" for word, count in report["errors_by_reason"].items())
         lines.append(f"errors      {report['errors']}: {reasons}")
     cpu = report["cpu"]
     if cpu["ns_per_packet"] is not None:

@@ -162,6 +162,7 @@ def test_nobody_there_is_exit_code_3_and_one_line() -> None:
         unused.bind(("127.0.0.1", 0))
         answer = finish(start(unused.getsockname()[1], "--duration", "1"), exit_code=3)
     assert answer["stderr"].startswith("mpload: no client could connect to 127.0.0.1 port ")
+    assert answer["stderr"].endswith(": connection refused\n")
     assert answer["stderr"].count("\n") == 1
 
 

@@ -160,7 +160,7 @@ def test_progress_elsewhere_than_on_a_terminal_is_a_line_a_second() -> None:
 
 def test_progress_says_the_last_error() -> None:
     text = progress_text(scenario(rate=Fraction(0)), Progress(1.0, 1, 16, 0, 2, "ECONNRESET"), 1.0)
-    assert text.endswith("(flat out)  1 packets 16 bytes sent  0/2 clients  2 errors (ECONNRESET)")
+    assert text.endswith("(flat out)  1 packets 16 bytes sent  0/2 clients  2 errors (connection reset by peer)")
 
 
 def test_progress_counts_packets_or_else_time() -> None:
