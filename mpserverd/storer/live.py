@@ -26,6 +26,8 @@ from mpserverd.storer.segment_file import SegmentFile
 from mpserverd.storer.space import Space
 
 STREAMS_DIRECTORY = "streams"
+EVENT_CHARACTERS_MAX = 600
+"""A message holds 8 KiB, and a character of a path takes up to 12 bytes in it. The journal has the whole text."""
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -132,7 +134,8 @@ class Desk:
         """Log an event, and tell the supervisor for ``mpserverctl events``."""
         log.event(logger, level, text, message_id=message_id, **fields)
         words = " ".join(f"{key}={value}" for key, value in fields.items())
-        self.outbox.append(Message(Kind.EVENT, payload={"event": text, "text": f"{text}: {words}" if words else text}))
+        whole = f"{text}: {words}" if words else text
+        self.outbox.append(Message(Kind.EVENT, payload={"event": text, "text": whole[:EVENT_CHARACTERS_MAX]}))
 
     # -- rows
 

@@ -28,7 +28,7 @@ from mpserverd.net.channel import Channel, Kind, Message
 from mpserverd.storer.advice import advice
 from mpserverd.storer.committing import ring, ring_workers, supervisor_starves
 from mpserverd.storer.desk import open_desk
-from mpserverd.storer.live import Desk
+from mpserverd.storer.live import EVENT_CHARACTERS_MAX, Desk
 from mpserverd.storer.sampling import sample_streams
 from mpserverd.storer.store import Store
 
@@ -102,7 +102,9 @@ class Storer:
 
     def _refuse(self, text: str) -> int:
         log.event(logger, logging.ERROR, "storer cannot start", reason=text)
-        self._channel.send(Message(Kind.EVENT, payload={"event": "storer cannot start", "text": text}))
+        self._channel.send(
+            Message(Kind.EVENT, payload={"event": "storer cannot start", "text": text[:EVENT_CHARACTERS_MAX]})
+        )
         return 1
 
     # -- one turn

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import pathlib
 import shutil
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from mpserverd.arena.state import Str, StreamState
+from mpserverd.net.channel import Channel
 from mpserverd.storer import store as store_module
 from mpserverd.storer.advice import advice
 from tests.unit.storer.conftest import RigMaker
@@ -317,6 +319,23 @@ def test_retention_never_removes_a_file_in_the_place_of_a_directory(make_rig: Ri
         time.sleep(0.002)
     assert rig.one("SELECT count(*) FROM stream") == 0
     assert rig.files() == ["one"]
+
+
+def test_a_long_and_odd_path_still_fits_into_the_message_to_the_supervisor(rig: Rig) -> None:
+    streams = os.fsencode(rig.spool / "streams")
+    os.mkdir(streams + b"/" + b"\xff" * 200)
+    os.mkdir(streams + b"/" + b"\xf0\x9f\x8c\x8d" * 50)
+    os.mkdir(streams + b"/line\nbreak")
+    rig.restart()
+    rig.desk.note(logging.getLogger(), logging.INFO, "long", file="\U0001f30d" * 3000)
+    ours, theirs = (Channel(end) for end in Channel.pair())
+    try:
+        for message in rig.desk.outbox:
+            assert ours.send(message)
+            assert theirs.receive() == message
+    finally:
+        ours.close()
+        theirs.close()
 
 
 def test_an_error_is_told_with_its_path_and_the_next_step() -> None:
