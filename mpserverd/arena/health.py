@@ -65,8 +65,15 @@ def _storer_checks(live: LiveState) -> list[dict[str, Any]]:
     checks = [_check("storer", found["state"] == "running", found["state"])]
     if found["state"] == "running":
         checks.append(_beat_check(live, "storer", live.state.slots[STORER_SLOT], "storer-heartbeat"))
+    return [*checks, _spool_check(found)]
+
+
+def _spool_check(found: dict[str, Any]) -> dict[str, Any]:
+    """Nothing there, nothing free and not full is what a storer says that has never looked."""
+    if not (found["full"] or found["free_bytes"] or found["spool_bytes"]):
+        return _check("spool", False, "unknown: the storer has not looked yet")
     text = f"{found['free_bytes']} bytes free"
-    return [*checks, _check("spool", not found["full"], f"full, {text}" if found["full"] else text)]
+    return _check("spool", not found["full"], f"full, {text}" if found["full"] else text)
 
 
 def _beat_check(live: LiveState, name: str, row: npt.NDArray[np.uint64], check: str = "") -> dict[str, Any]:

@@ -47,8 +47,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())  # else the flush at exit complains once more
         return EXIT_READER_GONE
+    except OSError as error:
+        print(f"mpserverctl: {error.filename or 'standard output'}: {error.strerror or error}", file=sys.stderr)
+        return MpserverdError.exit_code
+    finally:
+        _flush_or_forget(out)
+
+
+def _flush_or_forget(out: TextIO) -> None:
+    """What cannot be written was complained of already; else the flush at exit does so once more, and sets the code."""
+    try:
+        out.flush()
+    except OSError:
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, out.fileno())
+        os.close(devnull)
 
 
 def run(words: Sequence[str], out: TextIO) -> int:
@@ -58,6 +72,8 @@ def run(words: Sequence[str], out: TextIO) -> int:
     if args.command is None:
         parser.print_help(out)
         return UsageError.exit_code
+    if args.spool is not None and args.command in COMMANDS and not COMMANDS[args.command].takes_spool:
+        raise UsageError(f"--spool is for commands that read a spool; {args.command} asks the daemon")
     args.socket_named, args.socket = args.socket, args.socket or DEFAULT_SOCKET
     args.daemon_spool = lambda: _daemon_spool(args.socket, required=args.socket_named is not None)
     if args.command in COMMANDS:
@@ -77,6 +93,7 @@ def build_parser(*, spool: bool = True) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mpserverctl {VERSION}")
     _add_common(parser, socket_default=None, json_default=False)
+    parser.add_argument("--spool", metavar="PATH", help="for commands that read a spool: its directory")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     for command in COMMANDS.values():
         added = subparsers.add_parser(command.name, help=command.help, description=command.description)
@@ -111,7 +128,7 @@ def _first_word(words: Sequence[str]) -> str | None:
     for word in words:
         if skip:
             skip = False
-        elif word == "--socket":
+        elif word in ("--socket", "--spool"):
             skip = True
         elif not word.startswith("-"):
             return word

@@ -29,13 +29,14 @@ Run = Callable[[argparse.Namespace, TextIO], int]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Command:
-    """One row. ``needs_daemon``: whether every form of it does."""
+    """One row. ``needs_daemon``: whether every form of it does. ``takes_spool``: whether it has --spool."""
 
     name: str
     run: Run
     help: str
     description: str
     needs_daemon: bool = True
+    takes_spool: bool = False
     add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
 
 
@@ -262,7 +263,7 @@ def _target_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _level_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("level", choices=list(LogLevel), metavar="LEVEL", help=", ".join(LogLevel))
+    parser.add_argument("level", choices=[str(level) for level in LogLevel], metavar="LEVEL", help=", ".join(LogLevel))
 
 
 def _quarantine_arguments(parser: argparse.ArgumentParser) -> None:

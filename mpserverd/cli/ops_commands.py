@@ -220,7 +220,8 @@ def _backup_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="empty, or an earlier backup to bring up to date"
     )
-    parser.add_argument("--spool", metavar="PATH", help="spool directory (default: the daemon's, or the usual one)")
+    text = "spool directory (default: the daemon's, or the usual one)"
+    parser.add_argument("--spool", metavar="PATH", default=argparse.SUPPRESS, help=text)  # may stand before it, too
     parser.add_argument(
         "--jobs", type=int, choices=range(1, 65), default=1, metavar="N", help="files verified at a time"
     )
@@ -283,6 +284,7 @@ _ROWS = (
         "a consistent copy of a spool, also of a live one",
         "Copy a spool to another directory and verify the copy; again, and only what is new is copied.",
         needs_daemon=False,
+        takes_spool=True,
         add_arguments=_backup_arguments,
     ),
 )

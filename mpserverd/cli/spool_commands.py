@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import re
@@ -39,6 +40,8 @@ READ_FORMATS = ("text", "raw", "csv", "json")
 TAIL_PACKETS = 10
 TEXT_BATCH_PACKETS = 4096
 VERIFY_JOBS_MAX = 64
+WRITE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""Faults that reading never has."""
 PACKET_RANGE = re.compile(r"(-?\d*)(:)?(-?\d*)")
 DASHED_VALUE = re.compile(r"-\d+(\.\d+)?(ms|s|m|h|d|w)?$|-\d+:-?\d*$")
 """Values that begin with a dash: ``--since -5m``, ``--packets -100:``. argparse takes them for options otherwise."""
@@ -84,7 +87,8 @@ def _parser(subparsers: Any, name: str, text: str) -> argparse.ArgumentParser:
         name, help=text, description=description, allow_abbrev=False
     )
     parser._negative_number_matcher = DASHED_VALUE
-    parser.add_argument("--spool", metavar="PATH", help=f"spool directory (default: the daemon's, or {DEFAULT_SPOOL})")
+    where = f"spool directory (default: the daemon's, or {DEFAULT_SPOOL})"
+    parser.add_argument("--spool", metavar="PATH", default=argparse.SUPPRESS, help=where)  # may stand before it, too
     return parser
 
 
@@ -212,9 +216,21 @@ def _guarded(command: Command) -> Command:
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise SpoolError(f"{error.filename or 'the spool'}: {error.strerror}") from error
+            raise SpoolError(f"{error.filename or _place(error, args, out)}: {error.strerror}") from error
 
     return run
+
+
+def _place(error: OSError, args: argparse.Namespace, out: TextIO) -> str:
+    """Where a fault without a file name happened: what we write to, or the spool, which is only read."""
+    output = getattr(args, "output", "-")
+    if error.errno in WRITE_FAULTS:
+        return "standard output" if output == "-" else str(output)
+    try:
+        out.flush()  # what could not be written is still there, and fails again
+    except OSError:
+        return "standard output"
+    return "the spool"
 
 
 COMMANDS: dict[str, Command] = {
@@ -230,7 +246,7 @@ COMMANDS: dict[str, Command] = {
 
 
 def _spool(args: argparse.Namespace) -> Path:
-    if args.spool:
+    if getattr(args, "spool", None):
         return Path(args.spool)
     ask: Callable[[], str | None] = getattr(args, "daemon_spool", lambda: None)
     return Path(ask() or DEFAULT_SPOOL)

@@ -72,6 +72,8 @@ def _ledger_text(totals: dict[str, Any]) -> str:
 def _spool_text(spool: dict[str, Any]) -> str:
     if spool["full"]:
         return f"{spool['path']}: FULL"
+    if not (spool["bytes"] or spool["free_bytes"]):
+        return f"{spool['path']}: unknown, the storer has not looked yet"
     full = "" if spool["time_to_full_s"] is None else f", full in {duration_text(spool['time_to_full_s'])}"
     return f"{spool['path']}: {human_bytes(spool['bytes'])}, {human_bytes(spool['free_bytes'])} free{full}"
 
@@ -86,7 +88,7 @@ def _storer_text(storer: dict[str, Any] | None) -> str:
 
 
 def workers_view(report: list[dict[str, Any]], out: TextIO) -> None:
-    titles = ("pid", "state", "restarts", "connections", "packets/s", "CPU", "memory", "blocked")
+    titles = ("pid", "state", "restarts", "connections", "packets/s", "CPU", "memory", "blocked so far")
     table = Table("", (Column("worker"), *(Column(title, number=title != "state") for title in titles)))
     for worker in report:
         table.add(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mpserverd.arena.chunks import FREE, Arena, ChunkTable, used_word
+from mpserverd.arena.counters import Role, column
 from mpserverd.arena.ledger import Ledger, settle
 from mpserverd.arena.live import LiveState
 from mpserverd.arena.state import (
@@ -139,6 +140,7 @@ class Tables:
         }
         self.state.words[Head.PHASE] = Phase.SERVING
         self.beat()
+        self.look_at_spool()
 
     def __enter__(self) -> Tables:
         return self
@@ -150,6 +152,10 @@ class Tables:
     @property
     def table(self) -> ChunkTable:
         return self.arena.table
+
+    def look_at_spool(self, free_bytes: int = 1 << 30) -> None:
+        """What the storer says of it."""
+        self.state.slots[STORER_SLOT, column(Role.STORER, "free_bytes")] = free_bytes
 
     def beat(self) -> None:
         for slot in (SUPERVISOR_SLOT, STORER_SLOT, *(worker["slot"] for worker in self.facts["workers"])):

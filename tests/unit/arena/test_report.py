@@ -273,6 +273,15 @@ def test_a_full_spool_is_unhealthy(tables: Tables) -> None:
     assert failing(tables) == ["spool"]
 
 
+def test_a_spool_that_nobody_has_looked_at_is_not_called_fine(tables: Tables) -> None:
+    tables.look_at_spool(free_bytes=0)
+    assert failing(tables) == ["spool"]
+    (found,) = [check for check in health(tables.live())["checks"] if check["check"] == "spool"]
+    assert found["detail"] == "unknown: the storer has not looked yet"
+    tables.state.slots[STORER_SLOT, column(Role.STORER, "spool_bytes")] = 1
+    assert failing(tables) == []
+
+
 def test_a_ledger_that_is_off_is_unhealthy(tables: Tables) -> None:
     tables.state.words[Head.GONE + Gone.STORED_BYTES] += 1
     assert failing(tables) == ["ledger"]

@@ -408,3 +408,48 @@ def test_every_command_has_help_and_says_whether_it_needs_the_daemon() -> None:
         assert command.description.endswith(".")
     assert [name for name, command in COMMANDS.items() if not command.needs_daemon] == ["config"]
     assert list(LogLevel) == ["debug", "info", "warning", "error"]
+
+
+# -- what an operator mistypes, and where output goes
+
+
+def test_a_wrong_level_is_refused_with_the_words_that_may_be_written(run: Ctl) -> None:
+    code, _, err = run("loglevel", "xx")
+    assert code == 2
+    assert "invalid choice: 'xx' (choose from 'debug', 'info', 'warning', 'error')" in err
+
+
+@pytest.mark.parametrize("words", [["stats"], ["config", "--default"], ["--json", "clients"]])
+def test_output_that_cannot_be_written_is_said_of_standard_output(daemon: Daemon, words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(
+            [sys.executable, "-m", "mpserverd.cli.ctl", "--socket", str(daemon.path), *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (found.returncode, found.stderr) == (1, "mpserverctl: standard output: No space left on device\n")
+
+
+@pytest.mark.parametrize("words", [["--spool", "{}", "streams"], ["streams", "--spool", "{}"]])
+def test_a_spool_is_named_before_or_after_the_command(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ctl.main([word.format(tmp_path) for word in words]) == 1
+    assert f"{tmp_path} is not a spool" in capsys.readouterr().err
+
+
+def test_a_spool_is_refused_where_the_daemon_is_asked(run: Ctl) -> None:
+    code, _, err = run("--spool", "/x", "stats")
+    assert (code, err) == (2, "mpserverctl: --spool is for commands that read a spool; stats asks the daemon\n")
+
+
+def test_times_blocked_are_told_as_a_count_so_far(run: Ctl) -> None:
+    assert "blocked so far" in run("workers")[1]
+
+
+def test_a_spool_that_nobody_has_looked_at_is_unknown(run: Ctl, tables: Tables) -> None:
+    tables.look_at_spool(free_bytes=0)
+    assert "/spool: unknown, the storer has not looked yet" in run("stats")[1]
+    assert run("check")[0] == 1

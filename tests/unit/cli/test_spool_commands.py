@@ -307,3 +307,19 @@ def test_jobs_are_bounded(jobs: str) -> None:
 )
 def test_sizes_have_three_digits_and_a_unit(count: int, text: str) -> None:
     assert human_bytes(count) == text
+
+
+# --- output that cannot be written
+
+
+@pytest.mark.parametrize("words", [["read", "press-7"], ["read", "oven", "--format", "raw"], ["streams"], ["verify"]])
+def test_a_full_output_is_not_blamed_on_the_spool(spool: SpoolWriter, words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(
+            [sys.executable, "-m", "mpserverd.cli.ctl", "--spool", str(spool.path), *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (found.returncode, found.stderr) == (1, "mpserverctl: standard output: No space left on device\n")
