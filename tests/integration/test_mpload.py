@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.integration.driver import Daemon
 from tests.integration.sink import Received, Sink
 
 MPLOAD = pathlib.Path(sys.executable).parent / "mpload"
@@ -298,3 +299,29 @@ def test_a_server_that_resets_at_the_end_is_told() -> None:
         report = finish(process, exit_code=1)
     assert report["errors_by_reason"] == {"ECONNRESET": 1}
     assert report["packets_sent"] == 1000
+
+
+def test_packets_that_the_daemon_dropped_are_no_success(tmp_path: pathlib.Path) -> None:
+    """The storer stands still until memory is full, so that the oldest packets are dropped."""
+    with Daemon(tmp_path) as daemon:
+        storer = int(daemon.stats()["storer"]["pid"])
+        os.kill(storer, signal.SIGSTOP)
+        try:
+            options = ("--clients", "2", "--rate", "0", "--packets", "1000000")
+            process = start(daemon.port(), *options, "--control-socket", str(daemon.socket_path))
+            daemon.wait_for(lambda: daemon.ctl_json("ledger")["totals"]["dropped_bytes"] > 0, what="dropped packets")
+        finally:
+            os.kill(storer, signal.SIGCONT)
+        report = finish(process)
+        totals = daemon.ctl_json("ledger")["totals"]
+    assert report["packets_sent"] == report["packets_delivered"] == 2_000_000
+    assert report["daemon"]["received_bytes"] == 32_000_000
+    assert report["daemon"]["dropped_bytes"] == totals["dropped_bytes"] > 0
+    assert report["success_rate"] == report["daemon"]["stored_bytes"] / 32_000_000
+    assert report["daemon"]["stored_bytes"] == 32_000_000 - totals["dropped_bytes"]
+
+
+def test_nobody_who_did_not_look_calls_it_a_success() -> None:
+    with Sink() as sink:
+        report = load(sink, "--clients", "1", "--packets", "100")
+    assert (report["success_rate"], report["packets_delivered"]) == (None, 100)
