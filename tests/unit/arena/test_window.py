@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import numpy as np
@@ -27,6 +28,8 @@ class Bench:
     def __init__(self, *, chunks: int, packet: int, flags: StreamFlag, start: int = 0) -> None:
         self.arena = Arena.create(size_bytes=chunks * CHUNK, chunk_bytes=CHUNK)
         self.state = StateTable.create(connections=4, streams=4, slots=4)
+        for fd in (self.state.fd, self.arena.table.fd, self.arena.data_fd):
+            os.close(fd)  # the maps keep what they need
         self.packet = packet
         base = self.state.stream_base(0)
         words = self.state.words

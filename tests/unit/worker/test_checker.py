@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -27,6 +29,8 @@ class Stream:
         self.layout = layout
         self.arena = Arena.create(size_bytes=64 * CHUNK, chunk_bytes=CHUNK)
         self.state = StateTable.create(connections=2, streams=2, slots=3)
+        for fd in (self.state.fd, self.arena.table.fd, self.arena.data_fd):
+            os.close(fd)  # the maps keep what they need
         base = self.base = self.state.stream_base(0)
         self.state.words[base + Str.NUMBER] = 5
         self.state.words[base + Str.PACKET_SIZE] = layout.size
