@@ -56,6 +56,16 @@ class Message:
     fd: int = -1
 
 
+def _packed(payload: dict[str, Any]) -> bytes:
+    """JSON that fits into a message: long texts are cut, in the text and not in its JSON."""
+    for characters_max in (MESSAGE_BYTES_MAX, 600, 60):
+        cut = {key: value[:characters_max] if isinstance(value, str) else value for key, value in payload.items()}
+        packed = json.dumps(cut, separators=(",", ":")).encode()
+        if len(packed) <= MESSAGE_BYTES_MAX - _FIXED.size:
+            return packed
+    raise ValueError(f"a message of {len(packed)} bytes cannot be cut to {MESSAGE_BYTES_MAX}")
+
+
 class Channel:
     """One end of the pair. The socket object is the channel's own; ``fileno()`` is for epoll."""
 
@@ -77,7 +87,7 @@ class Channel:
         """True when queued, False when the peer's queue is full now. Raises OSError when the peer is gone."""
         body = _FIXED.pack(message.kind, message.reason, message.row, message.value)
         if message.payload is not None:
-            body += json.dumps(message.payload, separators=(",", ":")).encode()[: MESSAGE_BYTES_MAX - _FIXED.size]
+            body += _packed(message.payload)
         rights = []
         if message.fd >= 0:
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [message.fd]))]
