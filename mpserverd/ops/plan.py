@@ -16,8 +16,8 @@ from mpserverd.ops.tune import OPEN_FILES
 
 DAY_S = 86_400
 
-WORKER_NS_PER_BYTE = 11.4 / 16
-STORER_NS_PER_BYTE = 4.1 / 16
+WORKER_NS_PER_BYTE = 8.2 / 16
+STORER_NS_PER_BYTE = 2.0 / 16
 """docs/benchmarks.md: CPU of a packet of 16 bytes, received, checked, stored and synced on a busy machine; upper
 bounds."""
 BATCH_NS = 40_000
