@@ -5,11 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import signal
 import threading
 import time
 from collections.abc import Iterator
 
 import pytest
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+"""A shell starts what it runs in the background with SIGINT ignored, and every child inherits that: tests that press
+Ctrl-C would wait for ever. What has a handler is default again in a child."""
 
 SETTLE_S = 2.0
 """The last reaping and closing may still be going on when a test returns."""
