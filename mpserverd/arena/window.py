@@ -14,8 +14,6 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-import numpy as np
-
 from mpserverd.arena.chunks import FREE, LET_GO_ALL, Arena, leased_word
 from mpserverd.arena.state import Head, HoleKind, StateTable, Str, StreamFlag
 
@@ -389,8 +387,3 @@ class StreamWindow:
             self._pool.recycle([chunk.index for chunk in self.chunks])
             self.chunks.clear()
         self._words[self._base + Str.LET_GO] = LET_GO_ALL
-
-
-def arena_bytes_used(arena: Arena) -> int:
-    """Bytes of all chunks that hold packets."""
-    return int(np.count_nonzero((arena.table.words & np.uint64(3)) == np.uint64(2))) * arena.chunk_bytes

@@ -99,7 +99,7 @@ class Checker:
         self.wants_marks = self._time is not None
 
     def forget_sequence(self) -> None:
-        """A new connection, or a hole of our own making: the next packet begins a sequence."""
+        """A new connection: the next packet begins a sequence. Holes need none of this: what is dropped was checked."""
         self.known = False
 
     def check(self, window: StreamWindow) -> None:
