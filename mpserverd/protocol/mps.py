@@ -6,9 +6,9 @@
     S: ACK <next-packet> LF                         all packets before it are kept as <level> says
     S: BYE <reason> [retry=<seconds>] LF            the end: reconnect and go on
 
-Rules: a line has at most 512 bytes with its LF; a CR before the LF is ignored; words are separated by one space; numbers
-are decimal without sign or leading zeros. What is wrong with a hello is a ``HelloError`` with the code that the peer is
-told. A client takes nothing from a server that is not a whole line. docs/protocol.md has the grammar.
+Rules: a line has at most 512 bytes with its LF; a CR before the LF is ignored; words are separated by one space;
+numbers are decimal without sign or leading zeros. What is wrong with a hello is a ``HelloError`` with the code that the
+peer is told. A client takes nothing from a server that is not a whole line. docs/protocol.md has the grammar.
 
 It knows no sockets, and nothing of what the server does with a hello (supervisor/hello.py), nor of what a client keeps
 (client/session.py).
@@ -247,7 +247,7 @@ class Ack:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Bye:
-    """The server ends the connection. ``retry_s``: do not come back earlier. The reason may be one that is not known."""
+    """The server ends the connection. ``retry_s``: do not come back earlier. The reason may be an unknown one."""
 
     reason: str
     retry_s: int | None = None
