@@ -135,8 +135,10 @@ class Hello:
             raise HelloError(ErrorCode.SYNTAX, f"a hello begins with {VERSION_WORD}")
         if len(words) < 3:
             raise HelloError(ErrorCode.SYNTAX, f"{VERSION_WORD} is followed by a client id and a packet size")
-        options = _options(words[3:])
-        return cls(_client_id(words[1]), _packet_size(words[2]), **options)
+        hello = cls(_client_id(words[1]), _packet_size(words[2]), **_options(words[3:]))
+        if hello.first is not None and hello.first * hello.packet_size > INDEX_MAX:
+            raise HelloError(ErrorCode.FIRST, f"first times the packet size is at most {INDEX_MAX}")
+        return hello
 
 
 def _words(line: bytes) -> list[str]:
@@ -341,19 +343,31 @@ class AnswerReader:
 
     def __init__(self) -> None:
         self._rest = b""
+        self._fault: AnswerError | None = None
 
     def feed(self, received: bytes) -> list[Answer]:
-        """The answers that ``received`` completes, in order. Raises AnswerError; nothing may be fed after that."""
+        """The answers that ``received`` completes, in order. Raises AnswerError; nothing may be fed after that.
+
+        What stands before a fault is returned first, and the fault is raised by the next call: a refusal with rubbish
+        behind it is still a refusal, however the bytes were cut.
+        """
+        if self._fault is not None:
+            raise self._fault
         lines = (self._rest + received).split(b"\n")
         self._rest = lines.pop()
-        if len(self._rest) >= LINE_BYTES_MAX:
-            raise AnswerError(f"a line of more than {LINE_BYTES_MAX} bytes")
-        answers = []
-        for line in lines:
-            # a torn line is cut off by the LF of the next worker: only ACK is torn in practice, and "A" or "AC" too
-            if line in (b"A", b"AC", b"ACK", b"ACK "):
-                continue
-            answer = parse_answer(line + b"\n")
-            if answer is not None:
-                answers.append(answer)
+        answers: list[Answer] = []
+        try:
+            for line in lines:
+                # a torn line is cut off by the LF of the next worker: only ACK is torn in practice, and "A" or "AC" too
+                if line in (b"A", b"AC", b"ACK", b"ACK "):
+                    continue
+                answer = parse_answer(line + b"\n")
+                if answer is not None:
+                    answers.append(answer)
+            if len(self._rest) >= LINE_BYTES_MAX:
+                raise AnswerError(f"a line of more than {LINE_BYTES_MAX} bytes")
+        except AnswerError as fault:
+            if not answers:
+                raise
+            self._fault, self._rest = fault, b""
         return answers
