@@ -26,10 +26,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 from mpserverd.errors import MpserverdError, StartError
-from mpserverd.load.chaos_client import SentStream
 from mpserverd.load.chaos_clients import plan_message
 from mpserverd.load.chaos_compare import Comparison, compare
 from mpserverd.load.chaos_faults import Facts, Faults
+from mpserverd.load.chaos_judge import judge, peers_in
 from mpserverd.load.chaos_plan import (
     WORKERS_MIN,
     ChaosOptions,
@@ -41,6 +41,7 @@ from mpserverd.load.chaos_plan import (
     plan_faults,
 )
 from mpserverd.load.chaos_report import ChaosReport, Pauses
+from mpserverd.load.chaos_sent import SentStream, from_plain
 from mpserverd.load.chaos_watch import Watch
 from mpserverd.load.messages import MessageStream
 from mpserverd.load.stand_in import StandIn, UnitSettings
@@ -92,7 +93,7 @@ class ClientsProcess:
         for message in messages:
             kind = message.pop("kind")
             if kind == "streams":
-                self.streams += [SentStream(**fields) for fields in message["streams"]]
+                self.streams += [from_plain(fields) for fields in message["streams"]]
             elif kind == "pauses":
                 self.pauses.add((begin, end) for begin, end in message["pauses"])
             elif kind == "trouble":
@@ -275,8 +276,11 @@ class Chaos:
         report.watched(self._watch.looks, self._watch.ledger_checks, self._watch.faults)
         report.restarts_s = self._faults.restarts_s if self._faults is not None else []
         report.troubles = self._clients.troubles if self._clients is not None else []
-        if not report.clients_done:
+        if not report.clients_done or self._faults is None:
             return
+        with (self.directory / "daemon.log").open(errors="replace") as log:
+            known_peers = peers_in(log)
+        report.streams = judge(report.streams, self._faults.main_kills_ns, known_peers)
         self._before_compare(self.spool)
         self.say("comparing")
         try:

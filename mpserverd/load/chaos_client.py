@@ -15,7 +15,6 @@ import dataclasses
 import enum
 import errno
 import fcntl
-import hashlib
 import random
 import select
 import socket
@@ -24,6 +23,7 @@ import termios
 
 from mpserverd.load.chaos_content import Content
 from mpserverd.load.chaos_plan import ClientPlan, Habit
+from mpserverd.load.chaos_sent import ENDED, RESET, SentConnection, SentStream, StreamHash
 
 NS_PER_S = 1_000_000_000
 FIN = "FIN"
@@ -38,6 +38,7 @@ PIECE_S_MAX = 0.04
 FLAT_OUT_PIECES = 8
 FLUSH_POLL_NS = NS_PER_S // 1000
 CONNECT_AGAIN_NS = NS_PER_S // 10
+PORT_TRIES = 100
 LIFE_S = (0.3, 5.0)
 STALL_EVERY_S, STALL_S = (0.5, 3.0), (0.05, 1.0)
 AWAY_S = (0.0, 1.0)
@@ -50,50 +51,6 @@ class ClientState(enum.Enum):
     FLUSHING = "flushing"
     ENDING = "ending"
     DONE = "done"
-
-
-@dataclasses.dataclass(frozen=True)
-class SentStream:
-    """What must be stored: ``whole_bytes`` of the stream ``number`` of ``client``, with this hash.
-
-    ``name`` "": named by the daemon, after ``address`` and ``port``. ``connection_ends``: where in the stream each of
-    its connections ended. ``broken``: how the peer ended it; what is stored is then a beginning of it.
-    """
-
-    client: int
-    number: int
-    name: str
-    address: str
-    port: int
-    packet_size: int
-    whole_bytes: int
-    sha256: str
-    connection_ends: tuple[int, ...]
-    broken: str = ""
-
-
-class StreamHash:
-    """Hash of the whole packets of a stream; what a connection leaves of a packet at its end is not part of it."""
-
-    def __init__(self, packet_size: int) -> None:
-        self._size, self._rest = packet_size, b""
-        self._hash = hashlib.sha256()
-        self.whole_bytes = 0
-
-    def add(self, content: memoryview) -> None:
-        total = self._rest + content
-        whole = len(total) - len(total) % self._size
-        self._hash.update(memoryview(total)[:whole])
-        self._rest = total[whole:]
-        self.whole_bytes += whole
-
-    def cut(self) -> int:
-        """The connection is over; returns the bytes of the packet that was cut."""
-        cut, self._rest = len(self._rest), b""
-        return cut
-
-    def hexdigest(self) -> str:
-        return self._hash.hexdigest()
 
 
 @dataclasses.dataclass
@@ -135,6 +92,9 @@ class ChaosClient:
         """Where this connection is to end."""
         self._due_ns = self._end_ns = self._stall_ns = 0
         self._blocked_ns: int | None = None
+        self._opened_ns = self._begin_offset = 0
+        self._ports: set[int] = set()
+        """No port is used twice, so that address and port name one connection."""
         self._port = 0
 
     # --- what the loop calls
@@ -175,18 +135,28 @@ class ChaosClient:
     # --- beginning
 
     def _begin_stream(self) -> None:
-        self._hash, self._ends = StreamHash(self.plan.packet_size), list[int]()
+        self._hash, self._sent = StreamHash(self.plan.packet_size), list[SentConnection]()
 
     def _connect(self, now_ns: int) -> None:
-        self.sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        self.sock.setblocking(False)
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-        self.sock.bind((self.plan.address, 0))
+        self.sock = self._fresh_socket()
         self.state, self.wants = ClientState.CONNECTING, WRITE
         result = self.sock.connect_ex(self.target)
         if result not in (0, errno.EINPROGRESS):
             self._refused(result, now_ns)
+
+    def _fresh_socket(self) -> socket.socket:
+        for _ in range(PORT_TRIES):
+            sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+            sock.bind((self.plan.address, 0))
+            self._port = sock.getsockname()[1]
+            if self._port not in self._ports:
+                self._ports.add(self._port)
+                return sock
+            sock.close()
+        raise OSError(errno.EADDRINUSE, f"{self.plan.address} has hardly a port left that was not used yet")
 
     def _connected(self, now_ns: int) -> None:
         assert self.sock is not None
@@ -194,13 +164,13 @@ class ChaosClient:
         if result:
             self._refused(result, now_ns)
             return
-        self._port = self.sock.getsockname()[1]
         self.totals.connections += 1
         self.state = ClientState.OPEN
         self._connection_bytes, self._end_bytes, self._blocked_ns = 0, None, None
         if not self.plan.named:
             self._content = Content(self.seed, self.plan.client, self._number, self.plan.packet_size)
             self._begin_stream()
+        self._opened_ns, self._begin_offset = now_ns, self._hash.whole_bytes
         self._ahead = self._piece = memoryview(b"")
         steady = self.plan.habit in (Habit.STEADY, Habit.STALLING)
         self._end_ns = 1 << 63 if steady else now_ns + self._random_ns(LIFE_S)
@@ -290,8 +260,7 @@ class ChaosClient:
 
     def _stream_offset(self) -> int:
         """Of the next byte: what earlier connections left whole, and what this one has sent."""
-        begun_at = self._hash.whole_bytes - self._connection_bytes // self.plan.packet_size * self.plan.packet_size
-        return begun_at + self._connection_bytes
+        return self._begin_offset + self._connection_bytes
 
     # --- ending
 
@@ -315,7 +284,7 @@ class ChaosClient:
             self.wake_ns = now_ns + FLUSH_POLL_NS
             return
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self._over(now_ns)
+        self._over(now_ns, RESET)
 
     def _maybe_end(self) -> str | None:
         """How the peer ended the connection; None when it has not."""
@@ -329,39 +298,44 @@ class ChaosClient:
 
     def _peer_ended(self, now_ns: int, how: str) -> None:
         if self.state is ClientState.ENDING and how == FIN:
-            self._over(now_ns)
+            self._over(now_ns, ENDED)
             return
         self.totals.disconnects += 1
         self._trouble(f"disconnected ({how}) after {self._connection_bytes} bytes, {self.state.value}")
-        self._over(now_ns, broken=how)
+        self._over(now_ns, how)
 
-    def _over(self, now_ns: int, broken: str = "") -> None:
-        self.totals.truncated_bytes += self._hash.cut()
-        self._ends.append(self._hash.whole_bytes)
-        if not self.plan.named or broken:
-            self._record(broken)
+    def _over(self, now_ns: int, how: str) -> None:
+        torn = self._hash.cut()
+        self.totals.truncated_bytes += torn
+        self._sent.append(
+            SentConnection(
+                port=self._port,
+                begin=self._begin_offset,
+                end=self._hash.whole_bytes,
+                torn_bytes=torn,
+                opened_ns=self._opened_ns,
+                closed_ns=now_ns,
+                how=how,
+            )
+        )
+        if not self.plan.named:
+            self._record()
         self._close(now_ns, self._random_ns(AWAY_S))
-        if broken and self.plan.named:
-            self.wake_ns, self._finishing = now_ns, True  # nobody knows where its stream goes on
-            self._begin_stream()
 
-    def _record(self, broken: str = "") -> None:
-        if self._hash.whole_bytes == 0 and not broken:
+    def _record(self) -> None:
+        if not self._sent:
             return
         plan = self.plan
-        name = plan.name if plan.named else ""
         self.streams.append(
             SentStream(
                 client=plan.client,
                 number=self._number,
-                name=name,
+                name=plan.name if plan.named else "",
                 address=plan.address,
-                port=self._port,
                 packet_size=plan.packet_size,
                 whole_bytes=self._hash.whole_bytes,
                 sha256=self._hash.hexdigest(),
-                connection_ends=tuple(self._ends),
-                broken=broken,
+                connections=tuple(self._sent),
             )
         )
         self._number += 0 if plan.named else 1

@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mpserverd.errors import MpserverdError
-from mpserverd.load.chaos_client import SentStream
 from mpserverd.load.chaos_content import PIECE_BYTES_MAX, Content
+from mpserverd.load.chaos_sent import SentStream
 from mpserverd.load.chaos_stored import WAYS, StoredStream, stored_streams
 
 LINES_MAX = 100
@@ -83,9 +83,9 @@ def compare(spool: pathlib.Path, sent: Sequence[SentStream], seed: int) -> Compa
         result.stored_bytes += sum(stream.durable for stream in found)
         if found:
             _compare_stream(spool, one, found, seed, result)
-        elif not one.broken:
-            result.lost_bytes += one.whole_bytes
-            result.say(f"{label(one)}: all {one.whole_bytes} bytes are lost, there is no such stream")
+        elif one.wanted_bytes and not one.broken:
+            result.lost_bytes += one.wanted_bytes
+            result.say(f"{label(one)}: all {one.wanted_bytes} bytes are lost, there is no such stream")
     for stream in stored:
         if stream.full_name not in taken:
             result.stored_bytes += stream.durable
@@ -108,9 +108,11 @@ def match(
         by_name[stream.name].append(stream)
         peer, _, _ = stream.name.rpartition("-")
         by_peer[peer].append(stream)
+        by_peer[peer.rpartition("-")[0]].append(stream)
     for one in sorted(sent, key=lambda one: (one.client, one.number)):
         if not one.name:
-            yield one, [by_peer[f"{one.address}-{one.port}"].pop(0)] if by_peer[f"{one.address}-{one.port}"] else []
+            own = by_peer[f"{one.address}-{one.port}" if one.port else one.address]
+            yield one, [own.pop(0)] if own else []
             continue
         split = [stream for name in sorted(by_name) if name.startswith(f"{one.name}.") for stream in by_name[name]]
         yield one, [*by_name[one.name], *split]
@@ -122,10 +124,11 @@ def _compare_stream(
     content = Content(seed, one.client, one.number, one.packet_size)
     parts = _parts(spool, one, found, content, result)
     covered = sum(end - first for part in parts for first, end in part.ranges) * one.packet_size
-    fine = covered == one.whole_bytes or bool(one.broken)
+    fine = covered == one.wanted_bytes or bool(one.broken)
     for part in parts:
         _compare_counts(one, part, result)
-        wanted = one.sha256 if len(parts) == 1 and not one.broken else _expected_hash(content, part.ranges)
+        whole = len(parts) == 1 and not one.broken and not one.skipped
+        wanted = one.sha256 if whole else _expected_hash(content, part.ranges)
         for way, read in WAYS.items():
             digest, error = _hash(read(spool, part.stored))
             if error:
@@ -150,8 +153,7 @@ def _parts(
 ) -> list[Part]:
     """Which connections each stored stream holds: that of a split one is told by the number of its first packet."""
     size = one.packet_size
-    bounds = [0, *(end // size for end in one.connection_ends)]
-    left = {first: (first, end) for first, end in itertools.pairwise(bounds) if end > first}
+    left = {first // size: (first // size, end // size) for first, end in one.ranges}
     parts = []
     for stream in found:
         if stream.packet_size != size or stream.first_offset:
@@ -224,14 +226,18 @@ def _count_packets(
     spool: pathlib.Path, one: SentStream, parts: Iterable[Part], content: Content, result: Comparison
 ) -> None:
     """Look at every stored packet: which one is it? By the worse of the two ways of reading."""
-    worst = (0, 0, 0)
+    worst, size = (0, 0, 0), one.packet_size
+    wanted = np.zeros(one.whole_bytes // size, np.bool_)
+    for first, end in one.ranges:
+        wanted[first // size : end // size] = True
     for read in WAYS.values():
-        seen = np.zeros(one.whole_bytes // one.packet_size, np.int64)
+        seen = np.zeros(len(wanted), np.int64)
         strange = 0
         for part in parts:
             strange += _see(read(spool, part.stored), content, seen)
-        lost = 0 if one.broken else int((seen == 0).sum()) * one.packet_size
-        doubled = int(np.maximum(seen - 1, 0).sum()) * one.packet_size
+        lost = 0 if one.broken else int((wanted & (seen == 0)).sum()) * size
+        doubled = int(np.maximum(seen[wanted] - 1, 0).sum()) * size
+        strange += int(seen[~wanted].sum()) * size
         worst = max(worst, (lost, doubled, strange), key=sum)
     result.lost_bytes += worst[0]
     result.doubled_bytes += worst[1]

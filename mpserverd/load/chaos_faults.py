@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import random
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mpserverd.load.chaos_plan import HEARTBEAT_TIMEOUT_S, WORKERS_MAX, WORKERS_MIN, FaultKind
-from mpserverd.load.stand_in import StandIn
+from mpserverd.load.stand_in import StandIn, UnitState
 
 TARGET_S_MAX = 15.0
 """So long a fault waits for its target; a storer's backoff and start take a second at most."""
@@ -29,12 +30,13 @@ DEATH_S_MAX = 10.0
 STOP_S = (0.02, 1.5)
 LONG_STOP_SHARE = 0.15
 """Of the stops so many outlast the heartbeat's deadline, so that the process is replaced."""
-SETTLE_S = (0.02, 0.3)
-"""So long the main process is left alone after READY. Everybody who connected meanwhile is accepted in that first
-millisecond, and a death between the kernel's accept and the carrier, 0.1 ms later, cuts that one connection off: faults
-that were held up by a restart would hit this instant again and again, instead of a random one."""
+AGAIN_SHARE, AGAIN_S, AGAIN_MAX = 0.3, (0.0, 0.5), 3
+"""Of the kills of the supervisor so many are followed by one more, at any instant of its next start or soon after."""
 BOTH_SHARE = 0.2
 """Of the kills so many take worker and storer in one moment."""
+
+KILLABLE = frozenset({"starting", "running", "stopping"})
+"""States as the daemon names them."""
 
 Facts = dict[str, Any]
 
@@ -79,6 +81,8 @@ class Faults:
         self.workers: int | None = None
         """As the last reload said."""
         self.restarts_s: list[float] = []
+        self.main_kills_ns: list[int] = []
+        """When the supervisor was sent SIGKILL."""
 
     @property
     def anything_stopped(self) -> bool:
@@ -128,7 +132,7 @@ class Faults:
             time.sleep(POLL_S)
 
     def _target(self, role: str) -> tuple[str, int] | None:
-        """A running one that is not stopped by us."""
+        """One that lives and is not stopped by us: it may be starting, or be leaving after a reload."""
         if not any(stopped.name.startswith("supervisor") for stopped in self._stopped):
             self._known = self._facts()
         facts = self._known
@@ -136,11 +140,11 @@ class Faults:
             return None
         rows = facts.get("workers", []) if role == "worker" else [facts.get("storer")]
         stopped = {stopped.name for stopped in self._stopped}
-        running = [row for row in rows if row and row["state"] == "running" and row["pid"]]
-        running = [row for row in running if f"{row['name']} {row['pid']}" not in stopped]
-        if not running:
+        living = [row for row in rows if row and row["state"] in KILLABLE and row["pid"]]
+        living = [row for row in living if f"{row['name']} {row['pid']}" not in stopped]
+        if not living:
             return None
-        row = self._chance.choice(running)
+        row = self._chance.choice(living)
         pidfd = self._own(row["pid"])
         return None if pidfd is None else (row["name"], pidfd)
 
@@ -163,30 +167,43 @@ class Faults:
         select.select([pidfd], [], [], DEATH_S_MAX)
 
     def _kill_supervisor(self, wait: Callable[[], None]) -> list[Done]:
-        return self._again(FaultKind.SUPERVISOR, "kill -9 supervisor", self._unit.kill, wait, kills=1)
+        """At times once more while it starts: in the middle of taking up what the last one left."""
+        begin_ns, kills = time.monotonic_ns(), 1
+        start = self._kill_main()
+        while kills < AGAIN_MAX and self._chance.random() < AGAIN_SHARE:
+            self._await(functools.partial(_has_begun, start), start, wait)
+            until_s = time.monotonic() + self._chance.uniform(*AGAIN_S)
+            while time.monotonic() < until_s:
+                wait()
+                time.sleep(min(POLL_S, max(0.0, until_s - time.monotonic())))
+            start, kills = self._kill_main(), kills + 1
+        times = f", {kills} times" if kills > 1 else ""
+        return self._ready_again(FaultKind.SUPERVISOR, f"kill -9 supervisor{times}", start, begin_ns, wait, kills)
+
+    def _kill_main(self) -> int:
+        self.main_kills_ns.append(time.monotonic_ns())
+        return self._unit.kill()
 
     def _restart(self, wait: Callable[[], None]) -> list[Done]:
-        return self._again(FaultKind.RESTART, "restart", self._unit.restart, wait)
+        begin_ns = time.monotonic_ns()
+        return self._ready_again(FaultKind.RESTART, "restart", self._unit.restart(), begin_ns, wait)
 
-    def _again(
-        self, kind: FaultKind, text: str, act: Callable[[], int], wait: Callable[[], None], kills: int = 0
+    def _ready_again(
+        self, kind: FaultKind, text: str, start: int, begin_ns: int, wait: Callable[[], None], kills: int = 0
     ) -> list[Done]:
         """Everything that ends the main process: done when it is ready again."""
-        begin_ns = time.monotonic_ns()
-        start = act()
+        self._await(lambda state: state.ready and state.starts >= start, start, wait)
+        end_ns = time.monotonic_ns()
+        self.restarts_s.append((end_ns - begin_ns) / 1e9)
+        text = f"{text}, ready again after {(end_ns - begin_ns) / 1e6:.0f} ms"
+        return [Done(kind, begin_ns, end_ns, text, kills)]
+
+    def _await(self, condition: Callable[[UnitState], bool], start: int, wait: Callable[[], None]) -> None:
         until_s = time.monotonic() + READY_S
-        while not self._unit.wait_for(lambda state: state.ready and state.starts >= start, POLL_S):
+        while not self._unit.wait_for(condition, POLL_S):
             if time.monotonic() >= until_s:
                 self._unit.wait_ready(0.0, start=start)  # says what is wrong
             wait()
-        end_ns = time.monotonic_ns()
-        self.restarts_s.append((end_ns - begin_ns) / 1e9)
-        settled_s = time.monotonic() + self._chance.uniform(*SETTLE_S)
-        while time.monotonic() < settled_s:
-            wait()
-            time.sleep(POLL_S)
-        text = f"{text}, ready again after {(end_ns - begin_ns) / 1e6:.0f} ms"
-        return [Done(kind, begin_ns, end_ns, text, kills)]
 
     # --- stop and continue
 
@@ -237,6 +254,10 @@ class Faults:
         begin_ns = time.monotonic_ns()
         self._unit.kill(signal.SIGHUP)
         return [Done(FaultKind.RELOAD, begin_ns, begin_ns, f"SIGHUP, {self.workers} workers")]
+
+
+def _has_begun(start: int, state: UnitState) -> bool:
+    return state.pid != 0 and state.starts >= start
 
 
 def _pid_of(pidfd: int) -> int:

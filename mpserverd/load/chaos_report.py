@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mpserverd.load.chaos_client import SentStream
 from mpserverd.load.chaos_compare import Comparison
 from mpserverd.load.chaos_faults import Done
 from mpserverd.load.chaos_plan import ChaosOptions, FaultKind
+from mpserverd.load.chaos_sent import SentStream
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 AFTER_NS = 500_000_000
 """A pause belongs to a fault that was over at most so long before it began: buffers fill first."""
 PAUSES_MAX = 20_000
@@ -30,15 +31,40 @@ class Pauses:
         if len(self.all) > 2 * PAUSES_MAX:
             self.all = sorted(self.all, key=lambda pause: pause[0] - pause[1])[:PAUSES_MAX]
 
-    def longest_ms_by_kind(self, done: Iterable[Done]) -> dict[str, float]:
-        """The longest pause in the wake of each kind; a stopped process explains a pause before anything else does."""
-        faults = sorted(done, key=lambda each: (each.kind is not FaultKind.STOP, each.begin_ns))
-        longest: dict[str, float] = {}
+    def by_kind(self, done: Iterable[Done]) -> dict[str, dict[str, float]]:
+        """For each kind of fault the longest pause in the wake of each one of it: median and longest, in ms. A fault
+        that nobody noticed counts with 0; ``none`` are pauses that no fault explains."""
+        faults = sorted(done, key=lambda each: each.begin_ns)
+        longest_ns = dict.fromkeys(range(len(faults)), 0)
+        unexplained = []
         for begin, end in self.all:
-            cause = next((each for each in faults if each.begin_ns <= end and begin <= each.end_ns + AFTER_NS), None)
-            name = "none" if cause is None else cause.kind.value
-            longest[name] = max(longest.get(name, 0.0), (end - begin) / 1e6)
-        return {name: round(value, 1) for name, value in sorted(longest.items())}
+            cause = _cause(faults, begin, end)
+            if cause is None:
+                unexplained.append(end - begin)
+            else:
+                longest_ns[cause] = max(longest_ns[cause], end - begin)
+        by_kind: dict[str, list[int]] = {"none": unexplained} if unexplained else {}
+        for number, each in enumerate(faults):
+            by_kind.setdefault(each.kind.value, []).append(longest_ns[number])
+        return {
+            name: {
+                "count": len(values),
+                "median_ms": round(statistics.median(values) / 1e6, 1),
+                "longest_ms": round(max(values) / 1e6, 1),
+            }
+            for name, values in sorted(by_kind.items())
+        }
+
+
+def _cause(faults: list[Done], begin: int, end: int) -> int | None:
+    """Place of the fault that explains a pause: a process that stood still does, whatever else happened; else the last
+    fault before the pause began; else the first one within it. Buffers fill first, so it may be over by then."""
+    near = [n for n, each in enumerate(faults) if each.begin_ns <= end and begin <= each.end_ns + AFTER_NS]
+    if not near:
+        return None
+    stops = [n for n in near if faults[n].kind is FaultKind.STOP]
+    before = [n for n in near if faults[n].begin_ns <= begin]
+    return stops[0] if stops else before[-1] if before else near[0]
 
 
 class ChaosReport:
@@ -81,8 +107,9 @@ class ChaosReport:
         expected = dict.fromkeys(MUST_BE_ZERO, 0) | {"gaps": comparison.gaps, "missing": comparison.missing}
         if not self.disconnects:  # what was under way then, nobody knows
             sent = self.sent_bytes
+            skipped = sum(stream.skipped_socket_bytes for stream in self.streams)
             expected |= {"received_bytes": sent, "stored_bytes": sent, "durable_bytes": sent}
-            expected |= {"socket_bytes": self.totals["sent_bytes"], "truncated_bytes": self.totals["truncated_bytes"]}
+            expected |= {"socket_bytes": self.totals["sent_bytes"] - skipped, "truncated_bytes": self.torn_bytes}
         for name, value in expected.items():
             if self.ledger[name] != value:
                 self.fail(f"the ledger says {self.ledger[name]} {name}, {value} would be right")
@@ -94,13 +121,32 @@ class ChaosReport:
         return sum(each.kills for each in self.done)
 
     @property
+    def kills_by_kind(self) -> dict[str, int]:
+        counts = Counter({each.kind.value: 0 for each in self.done if each.kills})
+        for each in self.done:
+            if each.kills:
+                counts[each.kind.value] += each.kills
+        return dict(sorted(counts.items()))
+
+    @property
     def sent_bytes(self) -> int:
-        """Of whole packets."""
-        return sum(stream.whole_bytes for stream in self.streams)
+        """Of whole packets, over all connections that were accepted."""
+        return sum(stream.wanted_bytes for stream in self.streams)
+
+    @property
+    def torn_bytes(self) -> int:
+        return self.totals.get("truncated_bytes", 0) - sum(stream.skipped_torn_bytes for stream in self.streams)
+
+    @property
+    def cut_at_accept(self) -> int:
+        """Connections that a dying supervisor took with it: see chaos_judge.py."""
+        return sum(len(stream.skipped) for stream in self.streams)
 
     @property
     def disconnects(self) -> int:
-        return self.totals.get("disconnects", 0)
+        """All others that the daemon ended."""
+        cut = sum(stream.connections[place].is_broken for stream in self.streams for place in stream.skipped)
+        return self.totals.get("disconnects", 0) - cut
 
     @property
     def failures(self) -> list[str]:
@@ -108,9 +154,9 @@ class ChaosReport:
         found = list(self._failures)
         if not self.clients_done:
             found.append("the run did not come to its end")
-        for name in ("disconnects", "refusals"):
-            if self.totals.get(name):
-                found.append(f"{self.totals[name]} {name}")
+        for name, count in (("disconnects", self.disconnects), ("refusals", self.totals.get("refusals", 0))):
+            if count:
+                found.append(f"{count} {name}")
         comparison = self.comparison
         found += comparison.lines
         if not comparison.is_exact and not comparison.lines:
@@ -131,18 +177,20 @@ class ChaosReport:
             "streams": comparison.streams,
             "split_streams": comparison.split_streams,
             "sent_bytes": self.sent_bytes,
-            "torn_bytes": self.totals.get("truncated_bytes", 0),
+            "torn_bytes": self.torn_bytes,
             "stored_bytes": comparison.stored_bytes,
             "lost_bytes": comparison.lost_bytes,
             "doubled_bytes": comparison.doubled_bytes,
             "strange_bytes": comparison.strange_bytes,
             "disconnects": self.disconnects,
+            "cut_at_accept": self.cut_at_accept,
             "refusals": self.totals.get("refusals", 0),
             "longest_pause_ms": round(self.totals.get("longest_pause_ns", 0) / 1e6, 1),
-            "longest_pause_ms_by_cause": self.pauses.longest_ms_by_kind(self.done),
+            "pauses_by_cause": self.pauses.by_kind(self.done),
             "longest_restart_ms": round(max(self.restarts_s, default=0.0) * 1000, 1),
             "keeps_descriptors": self.keeps_descriptors,
             "kills": self.kills,
+            "kills_by_kind": self.kills_by_kind,
             "faults": {kind.value: kinds[kind.value] for kind in FaultKind},
             "faults_without_target": self.missed,
             "looks": self.looks,
@@ -155,15 +203,21 @@ class ChaosReport:
         """For people."""
         found = self.as_json()
         faults = ", ".join(f"{count} {kind}" for kind, count in found["faults"].items() if count) or "none"
-        causes = ", ".join(f"{name} {value:g}" for name, value in found["longest_pause_ms_by_cause"].items())
+        kills = ", ".join(f"{count} {kind}" for kind, count in found["kills_by_kind"].items()) or "none"
         return [
             f"sent        {found['sent_bytes']:,} bytes of whole packets over {found['connections']} connections",
             f"stored      {found['stored_bytes']:,} bytes in {found['streams']} streams",
             f"lost        {found['lost_bytes']:,} bytes",
             f"doubled     {found['doubled_bytes']:,} bytes, {found['strange_bytes']:,} that nobody sent",
-            f"disconnects {found['disconnects']}, {found['refusals']} refused",
-            f"pause       {found['longest_pause_ms']:g} ms at most" + (f" (by cause: {causes})" if causes else ""),
-            f"kills       {found['kills']}; faults: {faults}",
+            f"disconnects {found['disconnects']}, {found['refusals']} refused; cut while they were accepted by a "
+            f"supervisor that was killed: {found['cut_at_accept']}",
+            f"pause       {found['longest_pause_ms']:g} ms at most",
+            *(
+                f"  {name:<10} median {each['median_ms']:g} ms, longest {each['longest_ms']:g} ms of {each['count']}"
+                for name, each in found["pauses_by_cause"].items()
+            ),
+            f"kills       {found['kills']}: {kills}",
+            f"faults      {faults}",
             f"watched     {found['looks']} looks at the counters, {found['ledger_checks']} at the ledger",
             *(f"WRONG: {text}" for text in found["failures"]),
             "everything is there" if found["fine"] else "FAILED",

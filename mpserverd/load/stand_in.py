@@ -33,7 +33,7 @@ from mpserverd.load.stand_in_store import FdStore
 
 READY_S = 60.0
 FAILED_STARTS_MAX = 3
-"""Deaths in a row without READY=1 after which waiting for it is given up."""
+"""Deaths in a row without READY=1, and not by ``kill``, after which waiting for it is given up."""
 IDLE_S = 1.0
 
 
@@ -90,6 +90,7 @@ class StandIn:
         self._start_due_s: float | None = None
         self._watchdog_due_s: float | None = None
         self._ending = ""
+        self._killed = False
         self._over = False
         self._fault: BaseException | None = None
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -141,6 +142,7 @@ class StandIn:
             if self._pidfd >= 0:
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(self._pidfd, number)
+                self._killed |= number == signal.SIGKILL
             return self.state.starts + 1
 
     def restart(self) -> int:
@@ -268,7 +270,8 @@ class StandIn:
         if not session_pids(state.pid):
             self._sessions.discard(state.pid)
         state.deaths += 1
-        state.deaths_before_ready = 0 if state.ready else state.deaths_before_ready + 1
+        state.deaths_before_ready += not state.ready and not self._killed
+        self._killed = False
         state.pid, state.ready = 0, False
         if self._ending != "stop":
             delay_s = 0.0 if self._ending == "restart" else self.settings.restart_delay_s

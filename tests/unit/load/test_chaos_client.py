@@ -12,6 +12,7 @@ import pytest
 from mpserverd.load.chaos_client import NS_PER_S, ChaosClient, ClientState
 from mpserverd.load.chaos_content import Content
 from mpserverd.load.chaos_plan import ClientPlan, Habit
+from mpserverd.load.chaos_sent import ENDED, RESET
 
 SEED = 9
 TURN_NS = 2_000_000
@@ -150,7 +151,12 @@ def test_the_connections_of_a_named_client_go_on_where_the_last_one_was_whole(se
     whole = b"".join(pieces)
     assert whole == content(0, SIZE, len(whole))
     assert (stream.whole_bytes, stream.sha256) == (len(whole), hashlib.sha256(whole).hexdigest())
-    assert stream.connection_ends == tuple(sum(map(len, pieces[: end + 1])) for end in range(len(pieces)))
+    ends = [sum(map(len, pieces[: end + 1])) for end in range(len(pieces))]
+    assert [(each.begin, each.end) for each in stream.connections] == list(zip([0, *ends], ends, strict=False))
+    assert len({each.port for each in stream.connections}) == len(pieces)
+    assert sum(each.torn_bytes for each in stream.connections) == run.client.totals.truncated_bytes
+    assert {each.how for each in stream.connections} == {RESET if habit is Habit.RESETTING else ENDED}
+    assert all(each.opened_ns < each.closed_ns for each in stream.connections)
 
 
 def test_a_resetting_client_resets_and_a_returning_one_does_not(server: Server) -> None:
@@ -200,9 +206,13 @@ def test_a_connection_that_the_server_ends_is_a_disconnect(server: Server, named
     server.close(next(iter(server.open)))
     while not run.client.totals.disconnects:
         run.turn()
-    assert run.client.streams[0].broken and "disconnected" in run.client.troubles[0]
+    assert "disconnected" in run.client.troubles[0]
+    while len(server.content) < 2 or not server.content[1]:
+        run.turn()
     run.to_the_end()
     assert run.client.totals.disconnects == 1
+    assert run.client.streams[0].broken and run.client.streams[0].connections[0].is_broken
+    assert len(run.client.streams) == (1 if named else 2), "it goes on"
 
 
 def test_nobody_there_is_a_refusal_and_tried_again() -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from spool_writer import SpoolWriter
 
-from mpserverd.load.chaos_client import SentStream
 from mpserverd.load.chaos_compare import Comparison, compare
 from mpserverd.load.chaos_content import Content
+from mpserverd.load.chaos_sent import ENDED, SentConnection, SentStream
 
 SEED = 3
 SIZE = 24
@@ -32,20 +33,29 @@ def content(first: int = 0, end: int = PACKETS, client: int = 0, number: int = 0
 
 
 def sent(
-    packets: int = PACKETS, *, name: str = "", ends: tuple[int, ...] = (), number: int = 0, broken: str = ""
+    packets: int = PACKETS,
+    *,
+    name: str = "",
+    ends: tuple[int, ...] = (),
+    number: int = 0,
+    broken: str = "",
+    skipped: tuple[int, ...] = (),
 ) -> SentStream:
-    """``ends`` are in packets."""
+    """``ends`` are in packets; ``broken`` says how the last connection ended."""
+    bounds = [0, *(ends or (packets,))]
     return SentStream(
         client=0,
         number=number,
         name=name,
         address=ADDRESS,
-        port=PORT,
         packet_size=SIZE,
         whole_bytes=packets * SIZE,
         sha256=hashlib.sha256(content(0, packets, number=number)).hexdigest(),
-        connection_ends=tuple(end * SIZE for end in ends or (packets,)),
-        broken=broken,
+        connections=tuple(
+            SentConnection(PORT, first * SIZE, end * SIZE, 0, 0, 0, broken if end == bounds[-1] and broken else ENDED)
+            for first, end in itertools.pairwise(bounds)
+        ),
+        skipped=skipped,
     )
 
 
@@ -205,3 +215,24 @@ def test_clients_whose_names_begin_alike_are_told_apart(spool: SpoolWriter) -> N
     add(spool, content(0, 10), "chaos-10")
     found = result(spool, sent(10, name="chaos-1"))
     assert found.lines == [f"stream chaos-10@{1:016x} ({10 * SIZE} bytes) was sent by nobody"]
+
+
+def test_nothing_of_a_skipped_connection_may_be_stored(spool: SpoolWriter) -> None:
+    named = "pump"
+    ends = (5_000, 9_000, PACKETS)
+    add(spool, content(0, 5_000) + content(9_000, PACKETS), named, gaps=1, missing=4_000)
+    found = result(spool, sent(name=named, ends=ends, skipped=(1,)))
+    assert found.is_exact and (found.gaps, found.missing) == (1, 4_000)
+
+
+def test_a_packet_of_a_skipped_connection_is_strange(spool: SpoolWriter) -> None:
+    add(spool, content(0, 5_001) + content(9_000, PACKETS), "pump", gaps=1, missing=3_999)
+    found = result(spool, sent(name="pump", ends=(5_000, 9_000, PACKETS), skipped=(1,)))
+    assert (found.lost_bytes, found.doubled_bytes, found.strange_bytes) == (0, 0, SIZE)
+
+
+def test_a_stream_whose_only_connection_is_skipped_is_not_missed(spool: SpoolWriter) -> None:
+    assert result(spool, sent(skipped=(0,))).is_exact
+    add(spool, content(0, 2))
+    found = result(spool, sent(skipped=(0,)))
+    assert not found.is_exact and found.strange_bytes == 2 * SIZE
