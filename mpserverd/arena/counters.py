@@ -44,6 +44,46 @@ COUNTERS: tuple[Counter, ...] = (
     Counter(_S, 5, "reloads", "reloads", "Configurations taken over without a restart."),
     Counter(_S, 6, "reloads_refused", "reloads", "Reloads refused because the configuration was wrong."),
     Counter(_S, 7, "truncated_packets", "packets", "Packets that the end of their connection cut off."),
+    Counter(_S, 8, "superseded", "connections", "Live mps connections ended because the same client came again."),
+    Counter(_S, 9, "hello_syntax", "connections", "Hellos answered with ERR syntax: the line was not understood."),
+    Counter(
+        _S, 10, "hello_version", "connections", "Hellos answered with ERR version: another version of the protocol."
+    ),
+    Counter(
+        _S,
+        11,
+        "hello_line_too_long",
+        "connections",
+        "Hellos answered with ERR line-too-long: no line end within 512 bytes.",
+    ),
+    Counter(
+        _S, 12, "hello_client_id", "connections", "Hellos answered with ERR client-id: a client id that may not be."
+    ),
+    Counter(
+        _S,
+        13,
+        "hello_packet_size",
+        "connections",
+        "Hellos answered with ERR packet-size: a packet size that the listener or the stream does not have.",
+    ),
+    Counter(_S, 14, "hello_epoch", "connections", "Hellos answered with ERR epoch: another epoch than the stream's."),
+    Counter(_S, 15, "hello_first", "connections", "Hellos answered with ERR first: first= is no number, or too large."),
+    Counter(_S, 16, "hello_token", "connections", "Hellos answered with ERR token: no valid token."),
+    Counter(_S, 17, "hello_timeout", "connections", "Hellos answered with ERR timeout: handshake_timeout_s went by."),
+    Counter(_S, 18, "hello_in_use", "connections", "Hellos answered with ERR in-use: another client has that id now."),
+    Counter(
+        _S, 19, "hello_busy", "connections", "Hellos answered with ERR busy: limits, or a daemon that lets nobody in."
+    ),
+    Counter(
+        _S,
+        20,
+        "hello_unavailable",
+        "connections",
+        "Hellos answered with ERR unavailable: the stream could not be opened in time.",
+    ),
+    Counter(
+        _S, 21, "hello_quarantined", "connections", "Hellos answered with ERR quarantined: workers died on its stream."
+    ),
     Counter(_W, 0, "blocked", "times", "Times that a stream was not read because the arena had no place for it."),
     Counter(
         _W, 1, "dropped_packets", "packets", "Packets dropped because on_full = drop-oldest and the arena was full."
@@ -65,6 +105,13 @@ COUNTERS: tuple[Counter, ...] = (
     Counter(_D, 10, "segments_created", "segments", "Segments made."),
     Counter(_D, 11, "segments_aside", "segments", "Segments set aside after a failed write or sync."),
     Counter(_D, 12, "syncs", "calls", "fdatasync and syncfs calls."),
+    Counter(
+        _D,
+        13,
+        "cut_bytes",
+        "bytes",
+        "At most so many bytes were written, not durable, and cut after crashes of everything.",
+    ),
 )
 
 

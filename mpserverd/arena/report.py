@@ -87,6 +87,10 @@ def errors_by_reason(live: LiveState) -> dict[str, int]:
     for refusal in RefuseReason:
         if refusal:
             found[f"refused-{refusal.word}"] = int(slots[SUPERVISOR_SLOT, Slot.REASONS + refusal])
+    for counter in _rows(Role.SUPERVISOR):
+        if counter.name.startswith("hello_"):
+            word = counter.name.removeprefix("hello_").replace("_", "-")
+            found[f"hello-{word}"] = int(slots[SUPERVISOR_SLOT, counter.column])
     for broken in BROKEN:
         found[f"broken-{broken.word}"] = _closed(live, broken)
     return found

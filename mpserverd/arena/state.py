@@ -14,6 +14,9 @@ Stream row, ``STATE`` is written by the owner of the present state:
 Connection row:
 
     FREE     -> ACCEPTED  supervisor: accepted, waits for its stream
+    ACCEPTED -> HELLO     supervisor: the worker in WORKER may look at its hello (mps), and end it
+    HELLO    -> ACCEPTED  worker: has let go of it; not a byte was taken
+    HELLO    -> ENDED     worker
     ACCEPTED -> ASSIGNED  supervisor: the worker in WORKER may read it
     ASSIGNED -> RELEASED  worker: let go, another worker may have it (hand over)
     RELEASED -> ASSIGNED  supervisor
@@ -49,6 +52,7 @@ class ConnectionState(enum.IntEnum):
     ASSIGNED = 2
     RELEASED = 3
     ENDED = 4
+    HELLO = 5
 
 
 class StreamState(enum.IntEnum):
@@ -62,7 +66,11 @@ class StreamFlag(enum.IntFlag):
     STORE = 1
     DROP_OLDEST = 2
     NAMED = 4
-    """A client id from the configuration; without it the name was made from peer, port and time."""
+    """A client id from the configuration or a hello; without it the name was made from peer, port and time."""
+    MPS = 8
+    """Its client is told where it stands: another packet size is an error, not a new epoch."""
+    NEW_EPOCH = 16
+    """While OPENING: the client wants to begin anew, unless ASKED_EPOCH is the present one."""
 
 
 class ConnectionFlag(enum.IntFlag):
@@ -85,6 +93,8 @@ class CloseReason(enum.IntEnum):
     STOPPING = 7
     FAILED = 8  # any other errno
     QUARANTINED = 9
+    SUPERSEDED = 10  # the same client came again
+    REFUSED = 11  # its hello was refused; the counters of ERR say why
 
     @property
     def word(self) -> str:
@@ -126,7 +136,9 @@ class Con:
         ADOPTIONS,
     ) = range(8, 16)
     # worker
-    SOCKET_BYTES, HANDSHAKE_BYTES, LAST_RECEIVED_MONO_NS, REASON, ERRNO, BLOCKED, _W6, _W7 = range(16, 24)
+    SOCKET_BYTES, _W1, LAST_RECEIVED_MONO_NS, REASON, ERRNO, BLOCKED = range(16, 22)
+    # supervisor: length of the hello, and Str.HANDSHAKE before it; written before ASSIGNED
+    HANDSHAKE_BYTES, HANDSHAKE_AT_ATTACH = range(22, 24)
 
 
 class Str:
@@ -134,13 +146,13 @@ class Str:
 
     # supervisor (STATE: see the table above)
     STATE, NUMBER, PACKET_SIZE, LISTENER, CONNECTION, FLAGS, EPOCH, CREATED_UNIX_NS = range(8)
-    RATE_MILLI, RATE_POSITION, CLIENT_INDEX, _S3, _S4, _S5, _S6, _S7 = range(8, 16)
+    RATE_MILLI, RATE_POSITION, CLIENT_INDEX, ASKED_EPOCH, _S4, _S5, _S6, _S7 = range(8, 16)
     # worker
     POSITION, OFFERED, LET_GO, TRUNCATED, HANDSHAKE, SOCKET, LAST_RECEIVED_UNIX_NS, BLOCKED_COUNT = range(16, 24)
     HOLE0_FIRST, HOLE0_END, HOLE0_KIND, HOLE1_FIRST, HOLE1_END, HOLE1_KIND, CHECK_SELECT, LATENCY_MAX_NS = range(24, 32)
     CHECK0 = 32  # eight words, see Check
     CHECK1 = 40
-    # storer
+    # storer; but ACKED, bytes acknowledged without holes, is the worker's as soon as the row is OPEN
     STORED, DURABLE, FIRST_OFFSET, DROPPED, LOST, CATALOG_ID, ACKED, STORED_HOLES = range(48, 56)
     STARTED_AT, DURABLE_MONO_NS, RETIRED, DURABLE_HOLES, _D4, _D5, _D6, _D7 = range(56, 64)
 

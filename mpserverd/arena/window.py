@@ -143,6 +143,8 @@ class StreamWindow:
         self.offered = int(self._words[base + Str.OFFERED])
         self.chunks: collections.deque[HeldChunk] = collections.deque()
         self._serial = int(self._words[base + Str.LET_GO])
+        self._has_hole = self.drops
+        """Whether OFFERED may meet a hole: one that drops made, or one that the client left before its first packet."""
         self._current = 0
         """Index in ``chunks`` of the one that holds ``position``; len(chunks) when none does."""
 
@@ -160,6 +162,7 @@ class StreamWindow:
         floor = self.freed_below()
         self.chunks = collections.deque(c for c in held if c.serial > let_go and c.end > floor)
         self._serial = max([let_go, *(c.serial for c in held)])
+        self._has_hole = self.drops or self.growing_hole() is not None
         self.position = position
         words[base + Str.POSITION] = position
         self._current = sum(1 for c in self.chunks if c.end <= position)
@@ -287,13 +290,13 @@ class StreamWindow:
         if not self.stored:
             return self._give_up(checked)
         target = checked
-        hole = self.growing_hole() if self.drops else None
+        hole = self.growing_hole() if self._has_hole else None
         if self.drops and not closing:
             target = min(target, self._limit())
         if hole is not None:
             _, first, end = hole
             if self.offered == first and self.durable() == first:
-                target = max(min(checked, self._limit_from(end)), end) if not closing else checked
+                target = max(min(checked, self._limit_from(end)), end) if self.drops and not closing else checked
             else:
                 target = min(target, first)
         if target <= self.offered:

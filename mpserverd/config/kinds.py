@@ -144,15 +144,11 @@ class Flag:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Choice:
-    """One word of an enum. ``later`` names words of other versions and says so."""
+    """One word of an enum."""
 
     words: type[enum.StrEnum]
-    later: tuple[tuple[str, str], ...] = ()
 
     def parse(self, value: Any) -> enum.StrEnum:
-        for word, why in self.later:
-            if value == word:
-                raise WrongValueError(f"{why}; write {self.wants()}")
         if not isinstance(value, str) or value not in {str(word) for word in self.words}:
             raise WrongValueError(f"unknown word; write {self.wants()}")
         return self.words(value)

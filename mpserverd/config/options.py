@@ -87,6 +87,7 @@ _ACCOUNT = Text(r"[a-z_][a-z0-9_-]*\$?|[0-9]{1,10}", "a name or a number", 32, e
 _NETWORKS_NONE = ListOf(AddressOrNetwork(), limits.NETWORKS_MAX, empty="nobody")
 _NETWORKS_ALL = ListOf(AddressOrNetwork(), limits.NETWORKS_MAX, empty="everybody")
 _PACKET = Integer(limits.PACKET_BYTES_MIN, limits.PACKET_BYTES_MAX)
+_PACKET_OR_ANY = Integer(limits.PACKET_BYTES_MIN, limits.PACKET_BYTES_MAX, zero="each client says its own; mps only")
 _CLIENTS = Integer(1, limits.CLIENTS_MAX, zero="no limit of its own")
 _SOCKET_BUFFER = Size(1, limits.SOCKET_BUFFER_BYTES_MAX, zero="leave it to the kernel")
 _PATIENCE = Number(0.001, limits.TIMEOUT_S_MAX, zero="for ever")
@@ -202,12 +203,14 @@ _LISTENER = (
     Option(
         "listener",
         "protocol",
-        Choice(Protocol, later=(("mps", "this version speaks raw only"),)),
+        Choice(Protocol),
         Protocol.RAW,
         _RELOAD,
-        "What clients speak: raw is packets from the first byte.",
+        "What clients speak: raw is packets from the first byte; mps says hello, is acknowledged, and can resume.",
     ),
-    Option("listener", "packet_size", _PACKET, 16, _RELOAD, "Size of every packet; give this or a layout.", "bytes"),
+    Option(
+        "listener", "packet_size", _PACKET_OR_ANY, 16, _RELOAD, "Size of every packet; give this or a layout.", "bytes"
+    ),
     Option(
         "listener",
         "layout",
@@ -225,7 +228,7 @@ _LISTENER = (
         Missing.DERIVED,
         _RELOAD,
         "With the memory full: stop reading, or drop a stream's oldest packets and count them.",
-        default_text='"drop-oldest" for raw',
+        default_text='"drop-oldest" for raw, "block" for mps',
     ),
     Option("listener", "allow", _NETWORKS_ALL, (), _RELOAD, "Addresses and networks that may connect."),
     Option("listener", "deny", _NETWORKS_NONE, (), _RELOAD, "Addresses and networks that may not, even when allowed."),

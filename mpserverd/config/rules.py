@@ -13,6 +13,7 @@ from mpserverd import limits
 from mpserverd.config.faults import Fault, KeyPath, is_refused, key_text
 from mpserverd.config.kinds import split_endpoint, type_code_shape
 from mpserverd.config.schema import Config
+from mpserverd.config.words import OnFull, Protocol
 
 
 def check(config: Config, refused: Set[KeyPath] = frozenset()) -> Iterator[Fault]:
@@ -23,6 +24,7 @@ def check(config: Config, refused: Set[KeyPath] = frozenset()) -> Iterator[Fault
     yield from _names_are_unique(config, refused)
     yield from _addresses_are_unique(config, refused)
     yield from _clients_are_unique(config, refused)
+    yield from _protocols_keep_promises(config, refused)
     for layout in config.layouts.values():
         yield from layout_faults(layout.name, layout.size, layout.fields, layout.sequence, layout.time)
 
@@ -124,6 +126,27 @@ def _clients_are_unique(config: Config, refused: Set[KeyPath]) -> Iterator[Fault
         if not is_refused(path, refused) and (first := networks.setdefault(client.address, index)) != index:
             problem = f"client.{first} has this address too; one address names one client"
             yield Fault(path, problem, str(client.address), (("client", first, "address"),))
+
+
+def _protocols_keep_promises(config: Config, refused: Set[KeyPath]) -> Iterator[Fault]:
+    """What is acknowledged is kept; what has no hello has a size."""
+    for index, listener in enumerate(config.listeners):
+        path: KeyPath = ("listener", index)
+        protocol: KeyPath = (*path, "protocol")
+        if is_refused(protocol, refused):
+            continue
+        if listener.protocol is Protocol.RAW and not listener.packet_size:
+            yield Fault(
+                (*path, "packet_size"), "raw has no hello that says it; write 1 or more, or use mps", 0, (protocol,)
+            )
+        if listener.protocol is not Protocol.MPS:
+            continue
+        if listener.on_full is OnFull.DROP_OLDEST:
+            problem = 'mps promises to lose nothing; write "block", or use raw'
+            yield Fault((*path, "on_full"), problem, str(listener.on_full), (protocol,))
+        if not listener.store:
+            problem = "mps acknowledges what is stored; write true, or use raw"
+            yield Fault((*path, "store"), problem, listener.store, (protocol,))
 
 
 def layout_faults(

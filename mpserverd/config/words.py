@@ -7,6 +7,7 @@ import enum
 
 class Protocol(enum.StrEnum):
     RAW = "raw"
+    MPS = "mps"
 
 
 class OnFull(enum.StrEnum):
@@ -43,5 +44,5 @@ class Applies(enum.StrEnum):
     RELOAD = "reload"
 
 
-ON_FULL_BY_PROTOCOL = {Protocol.RAW: OnFull.DROP_OLDEST}
-"""Clients that speak raw cut packets in half when they are stalled, so they are not."""
+ON_FULL_BY_PROTOCOL = {Protocol.RAW: OnFull.DROP_OLDEST, Protocol.MPS: OnFull.BLOCK}
+"""Clients that speak raw cut packets in half when they are stalled, so they are not; mps promises to lose nothing."""

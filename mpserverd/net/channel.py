@@ -26,13 +26,15 @@ class Kind(enum.IntEnum):
     # supervisor to worker
     ATTACH = 1  # row, value = cookie, with the connection's descriptor
     DETACH = 2  # row: stop reading, publish, let go, answer RELEASED
-    KICK = 3  # row, reason: finalise and close, answer ENDED
+    KICK = 3  # row, reason, value = retry seconds for the BYE, 0 for none: finalise and close, answer ENDED
     PAUSE = 4  # row: stop reading for now
     RESUME = 5  # row
     DRAIN = 6  # worker: read what the kernel holds, finalise everything; storer: make all durable. Answer DRAINED
     DETACH_ALL = 7  # worker: DETACH for every connection, then DRAINED
     LOG_LEVEL = 8  # payload {"level": ...}
     REOPEN_LOG = 9
+    GREET = 10  # row, value = cookie, with the descriptor: look at the hello, answer GREETED
+    REFUSE = 11  # row, value = cookie, reason, payload {"line": ...}, with the descriptor: say it and end, answer ENDED
     # child to supervisor
     READY = 32
     NEED = 33  # worker: value = chunks wanted
@@ -42,6 +44,7 @@ class Kind(enum.IntEnum):
     EVENT = 37  # payload: for `mpserverctl events`
     OPENED = 38  # storer: row is OPEN now
     FREED = 39  # storer: row is FREE now
+    GREETED = 40  # row, payload {"line": hello} or {"code": ..., "text": ...}: what the peer said, or did wrong
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

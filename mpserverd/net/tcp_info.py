@@ -15,8 +15,8 @@ import termios
 SO_COOKIE = 57
 TCP_INQ = 36
 _TCP_INFO_BYTES = 256
-_BYTES_RECEIVED_AT = 128
-"""Offset of tcpi_bytes_received in struct tcp_info (linux/tcp.h)."""
+_BYTES_ACKED_AT, _BYTES_RECEIVED_AT = 120, 128
+"""Offsets of tcpi_bytes_acked and tcpi_bytes_received in struct tcp_info (linux/tcp.h)."""
 _READS_MAX = 1000
 
 
@@ -44,6 +44,23 @@ def bytes_received(sock: socket.socket) -> int:
     """Bytes that the peer has sent and the kernel has acknowledged; a FIN counts as one."""
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
     return int(struct.unpack_from("<Q", info, _BYTES_RECEIVED_AT)[0])
+
+
+def bytes_sent(sock: socket.socket) -> int:
+    """Bytes that were ever written to the socket: acknowledged by the peer, or in the send queue (SIOCOUTQ).
+
+    Of a socket that was accepted and whose sending side is open; a FIN would count.
+    """
+    while True:
+        before = _bytes_acked(sock)
+        unsent = int(struct.unpack("<i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))[0])
+        if _bytes_acked(sock) == before:
+            return before + unsent
+
+
+def _bytes_acked(sock: socket.socket) -> int:
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+    return int(struct.unpack_from("<Q", info, _BYTES_ACKED_AT)[0])
 
 
 def _peek_fin(sock: socket.socket, unread: int) -> tuple[bool, int]:

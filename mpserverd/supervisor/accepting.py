@@ -29,8 +29,10 @@ from mpserverd.net.listener import (
     open_listener,
     try_accept,
 )
+from mpserverd.protocol.mps import ErrorCode, Refusal
 from mpserverd.supervisor.connections import Connections
 from mpserverd.supervisor.core import Core
+from mpserverd.supervisor.finding import speaks_mps
 from mpserverd.supervisor.loop import READ
 from mpserverd.supervisor.naming import normal_address, peer_text
 from mpserverd.supervisor.takeover import is_untouched
@@ -248,9 +250,11 @@ class Accepting:
         reason = refuse_reason(limits, standing)
         if reason is RefuseReason.NONE and self._core.draining:
             reason = RefuseReason.DRAINING
-        if reason is RefuseReason.NONE and connections.is_quarantined(address):
+        if reason is RefuseReason.NONE and not speaks_mps(settings) and connections.is_quarantined(address):
             reason = RefuseReason.QUARANTINED
         if reason is not RefuseReason.NONE:
+            if speaks_mps(settings) and reason is not RefuseReason.DENIED:
+                _say_busy(sock, reason)
             if carried:
                 sock.shutdown(socket.SHUT_RDWR)
             sock.close()
@@ -303,6 +307,14 @@ class Accepting:
             peer=peer or None,
             suppressed=suppressed,
         )
+
+
+def _say_busy(sock: socket.socket, reason: RefuseReason) -> None:
+    """To a newcomer that nobody else has yet. It may miss it: its unread hello makes the close a reset."""
+    line = Refusal(ErrorCode.BUSY, f"nobody is let in now: {reason.word}").to_line()
+    with contextlib.suppress(OSError):
+        sock.send(line, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        sock.shutdown(socket.SHUT_WR)
 
 
 def _nothing(*_: object) -> None:

@@ -20,7 +20,8 @@ from mpserverd.errors import MpserverdError, UsageError
 from mpserverd.net.channel import Kind
 from mpserverd.supervisor.accepting import Accepting
 from mpserverd.supervisor.children import Child, Children
-from mpserverd.supervisor.connections import Connection, Connections
+from mpserverd.supervisor.connection import Connection
+from mpserverd.supervisor.connections import Connections
 from mpserverd.supervisor.control_server import Answer, Peer, tell_change
 from mpserverd.supervisor.core import Core
 from mpserverd.supervisor.reload import Reload

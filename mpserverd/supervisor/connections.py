@@ -8,13 +8,9 @@ whose stream is not open yet waits unread; TCP holds its bytes. A connection of 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
-import math
 import os
-import select
-import socket
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -32,17 +28,18 @@ from mpserverd.arena.state import (
     Head,
     Slot,
     Str,
-    StreamFlag,
     StreamState,
 )
-from mpserverd.config.schema import ListenerConfig, OnFull
-from mpserverd.limits import STREAM_NAME_BYTES_MAX
+from mpserverd.config.schema import ListenerConfig
 from mpserverd.net.allowlist import Address, AddressTable
 from mpserverd.net.channel import Kind, Message
+from mpserverd.protocol.mps import ErrorCode, Hello, HelloError
 from mpserverd.supervisor.children import Child, Children
+from mpserverd.supervisor.connection import Connection, Sentence, shut_down
 from mpserverd.supervisor.core import Core
+from mpserverd.supervisor.finding import Finding, speaks_mps
 from mpserverd.supervisor.lost import finish_without_socket
-from mpserverd.supervisor.naming import join_address, peer_stream_name, peer_text, split_address
+from mpserverd.supervisor.naming import join_address, split_address
 from mpserverd.supervisor.placement import Load, choose
 from mpserverd.supervisor.quarantine import DEATHS_MAX, QUARANTINE_S, Quarantine
 from mpserverd.supervisor.states import ChildState
@@ -50,39 +47,8 @@ from mpserverd.supervisor.stream_rows import StreamRows
 
 logger = logging.getLogger(__name__)
 
-BUSY_WAIT_S = 2.0
-"""A client that comes back waits so long for its stream to be drained; then it gets one of its own."""
 STANDING_NS = 2_000_000_000
 """A storer that has not begun a turn for so long stands still, or has very much to do."""
-OPENING_WAIT_S = 30.0
-"""So long a connection waits for a storer that does not open its stream; then it gets one of its own."""
-
-
-@dataclasses.dataclass(eq=False, slots=True)
-class Connection:
-    """``fd`` is the supervisor's dup. ``worker`` is None while it waits for its stream or for a worker."""
-
-    row: int
-    fd: int
-    cookie: int
-    address: Address
-    port: int
-    listener: int
-    accepted_unix_ns: int
-    accepted_ns: int
-    client: str | None = None
-    """Id of the configured client that its address belongs to."""
-    client_index: int = 0
-    stream: int | None = None
-    worker: Child | None = None
-    bound_for: Child | None = None
-    """Who gets it when its worker lets go of it."""
-    moved_s: float = -math.inf
-    deadline_s: float = 0.0
-
-    @property
-    def peer(self) -> str:
-        return peer_text(self.address, self.port)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,7 +71,6 @@ class Connections:
         count = core.state.connection_count
         self._free_rows = list(range(count - 1, -1, -1))
         self._by_row: dict[int, Connection] = {}
-        self._waiting: dict[int, Connection] = {}
         self._homeless: dict[int, Connection] = {}
         self._newcomers: Counter[int] = Counter()
         self._last_index = -1
@@ -113,6 +78,16 @@ class Connections:
         self.quarantine = Quarantine()
         self.on_quarantine: Callable[[], None] = _nothing
         self.on_gone: Callable[[], None] = _nothing
+        self._finding = Finding(
+            core,
+            self.streams,
+            self._by_row,
+            assign=self._assign,
+            drop=self._drop,
+            take_away=self._take_away,
+            storer_stands=self._storer_stands,
+        )
+        self._waiting = self._finding.waiting
         self.by_listener: Counter[str] = Counter()
         self.by_address: Counter[tuple[str, Address]] = Counter()
 
@@ -163,10 +138,11 @@ class Connections:
         words = self._core.state.words
         words[Head.ACTIVE_CONNECTIONS] = len(self._by_row)
         words[Head.TOTAL_CONNECTIONS] += 1
-        self._find_stream(connection)
+        self._finding.find(connection)
 
     def _enter(self, connection: Connection) -> None:
-        client = self._clients.find(connection.address)
+        connection.greets = speaks_mps(self.listener_of(connection))
+        client = None if connection.greets else self._clients.find(connection.address)
         if client is not None:
             connection.client_index, connection.client = client
         self._by_row[connection.row] = connection
@@ -218,12 +194,13 @@ class Connections:
 
     def _go_on(self, connection: Connection) -> None:
         state = self._state_of(connection)
-        if state is ConnectionState.ACCEPTED:
+        if state in (ConnectionState.ACCEPTED, ConnectionState.HELLO):
             if connection.fd < 0:
                 self._drop(connection, "its descriptor did not come back")
             else:
-                self._find_stream(connection)
-        elif not self._has_its_stream(connection):
+                self._set_state(connection, ConnectionState.ACCEPTED)
+                self._finding.find(connection)
+        elif not self._has_its_stream(connection) and state is not ConnectionState.ENDED:
             self._drop(connection, "its stream is gone")
         elif state is ConnectionState.ENDED:
             self._finish(connection)
@@ -267,106 +244,13 @@ class Connections:
 
     # -- finding a stream
 
-    def _find_stream(self, connection: Connection) -> None:
-        """Now, or later by ``recheck``."""
-        if connection.client is None:
-            self._own_stream(connection, self._peer_name(connection))
-            return
-        name = connection.client
-        row = self.streams.named(name)
-        if row is None:
-            self._open_named(connection, name)
-        elif self.streams.user(row) is not None:
-            self._find_place_beside(connection, row)
-        elif self.streams.state_of(row) is StreamState.OPEN:
-            self._settle(connection, row)
-        elif self.streams.state_of(row) is StreamState.OPENING:
-            self.streams.use(row, connection.row)  # somebody left it behind while it was being opened
-            connection.stream = row
-            self._wait(connection, OPENING_WAIT_S)
-        elif connection.row not in self._waiting:
-            self._wait(connection, BUSY_WAIT_S)
-
-    def _find_place_beside(self, connection: Connection, stream: int) -> None:
-        """Another connection has the client's stream. If that one is at its end this is the same client, back again."""
-        user = self._by_row[self.streams.user(stream) or 0]
-        if not _is_ending(user.fd):
-            self._own_stream(connection, self._name_beside(connection, connection.client or ""))
-        elif connection.row not in self._waiting:
-            self._wait(connection, BUSY_WAIT_S)
-
-    def _open_named(self, connection: Connection, name: str) -> None:
-        listener = self.listener_of(connection)
-        row = self.streams.begin_opening(
-            name, connection.listener, listener.packet_size, _flags(listener), connection.client_index
-        )
-        if row is None:
-            self._drop(connection, "no row for its stream is free")
-            return
-        self.streams.use(row, connection.row)
-        connection.stream = row
-        self._wait(connection, OPENING_WAIT_S)
-        self._core.ring_storer()
-
-    def _own_stream(self, connection: Connection, name: str) -> None:
-        listener = self.listener_of(connection)
-        row = self.streams.open_fresh(name, connection.listener, listener.packet_size, _flags(listener))
-        if row is None:
-            self._drop(connection, "no row for its stream is free")
-        else:
-            self._settle(connection, row)
-
-    def _peer_name(self, connection: Connection) -> str:
-        return peer_stream_name(connection.address, connection.port, connection.accepted_unix_ns)
-
-    def _name_beside(self, connection: Connection, name: str) -> str:
-        """For a second connection of a client whose stream is taken."""
-        peer = self._peer_name(connection)
-        return f"{name[: STREAM_NAME_BYTES_MAX - len(peer) - 1]}.{peer}"
-
-    def _wait(self, connection: Connection, wait_s: float) -> None:
-        connection.deadline_s = time.monotonic() + wait_s
-        self._waiting[connection.row] = connection
-
-    def _settle(self, connection: Connection, stream: int) -> None:
-        """Its stream is OPEN: fill in where it stands, and find a worker."""
-        self._waiting.pop(connection.row, None)
-        connection.stream = stream
-        self.streams.use(stream, connection.row)
-        source = self._core.state.streams[stream]
-        words = self._core.state.connections[connection.row]
-        words[Con.STREAM] = stream
-        words[Con.STREAM_NUMBER] = source[Str.NUMBER]
-        words[Con.OFFSET_AT_ATTACH] = source[Str.RATE_POSITION] = source[Str.POSITION]
-        words[Con.TRUNCATED_AT_ATTACH] = source[Str.TRUNCATED]
-        words[Con.SOCKET_AT_ATTACH] = source[Str.SOCKET]
-        source[Str.RATE_MILLI] = 0
-        self._assign(connection)
-
     def recheck(self, now_s: float) -> None:
         """The storer opened or freed rows, or a second went by: look after everybody who waits."""
-        for row in self.streams.opened():
-            user = self.streams.user(row)
-            if user is None:  # its connection went another way while it was being opened
-                self.streams.drain(row)
-                self._core.ring_storer()
-            else:
-                self._settle(self._by_row[user], row)
-        self.streams.sweep()
-        for connection in list(self._waiting.values()):
-            if connection.stream is None:
-                self._find_stream(connection)
-            if connection.row in self._waiting and now_s >= self._deadline_s(connection):
-                self._go_beside(connection)
+        self._finding.recheck(now_s)
 
-    def _deadline_s(self, connection: Connection) -> float:
-        """A storer that stands still must not keep a client waiting: its bytes go to a stream of their own then."""
-        waiting_since_s = connection.accepted_ns / 1e9
-        return (
-            min(connection.deadline_s, waiting_since_s + BUSY_WAIT_S)
-            if self._storer_stands()
-            else connection.deadline_s
-        )
+    def settle_now(self) -> None:
+        """The daemon stops: nobody waits for a stream any longer."""
+        self._finding.settle_now()
 
     def _storer_stands(self) -> bool:
         storer = self._children.storer()
@@ -375,19 +259,35 @@ class Connections:
         progress_ns = int(self._core.state.slots[storer.slot, Slot.PROGRESS_MONO_NS])
         return time.monotonic_ns() - progress_ns > STANDING_NS
 
-    def _go_beside(self, connection: Connection) -> None:
-        """It has waited long enough for its client's stream."""
-        name = connection.client or ""
-        if connection.stream is not None:
-            self.streams.abandon(connection.stream)
-            connection.stream = None
-        log.event(logger, logging.WARNING, "stream not available in time", client=name, peer=connection.peer)
-        self._own_stream(connection, self._name_beside(connection, name))
+    def greeted(self, row: int, child: Child, said: dict[str, Any]) -> None:
+        """A worker has let go of a connection whose hello it has seen, or that made none possible."""
+        connection = self._by_row.get(row)
+        if connection is None or connection.worker is not child:
+            return
+        if self._state_of(connection) is not ConnectionState.ACCEPTED:
+            return
+        self._leave_worker(connection)
+        line = str(said.get("line", "")).encode("latin-1", "replace")
+        try:
+            if "code" in said:
+                raise HelloError(ErrorCode(said["code"]), str(said.get("text", "")))
+            hello = Hello.from_line(line)
+            if self.quarantine.refuses(hello.client_id, time.time()):
+                raise HelloError(ErrorCode.QUARANTINED, "workers died on this stream; an operator can release it")
+        except HelloError as error:
+            self._finding.refuse(connection, error)
+        else:
+            self._finding.greeted(connection, hello, len(line))
 
-    def settle_now(self) -> None:
-        """The daemon stops: whoever still waits for a stream gets one of its own."""
-        for connection in list(self._waiting.values()):
-            self._go_beside(connection)
+    def _take_away(self, connection: Connection, retry_s: int) -> None:
+        """Superseded by the same client."""
+        connection.sentence = Sentence(CloseReason.SUPERSEDED, retry_s)
+        self._tell_sentence(connection)
+
+    def _tell_sentence(self, connection: Connection) -> None:
+        if connection.sentence is not None:
+            reason, retry_s = connection.sentence.reason, connection.sentence.retry_s
+            self._tell(connection, Message(Kind.KICK, connection.row, reason=reason, value=retry_s))
 
     # -- with a worker
 
@@ -407,11 +307,12 @@ class Connections:
         table = self._core.state
         base = table.connection_base(connection.row)
         table.words[base + Con.WORKER] = worker.index
-        table.words[base + Con.STATE] = ConnectionState.ASSIGNED
-        self._children.send(worker, Message(Kind.ATTACH, connection.row, connection.cookie, fd=connection.fd))
-        flags = table.words[base + Con.FLAGS]
-        if flags & ConnectionFlag.KICKED:
+        early = connection.awaits_worker_without_stream
+        table.words[base + Con.STATE] = ConnectionState.HELLO if early else ConnectionState.ASSIGNED
+        self._children.send(worker, _first_message(connection))
+        if table.words[base + Con.FLAGS] & ConnectionFlag.KICKED:
             self._children.send(worker, Message(Kind.KICK, connection.row, reason=CloseReason.KICKED))
+        self._tell_sentence(connection)
 
     def _choose(self, workers: list[Child]) -> Child:
         slots = self._core.state.slots
@@ -508,13 +409,19 @@ class Connections:
     def released(self, row: int) -> None:
         """A worker let go of it (hand over): on to the next."""
         connection = self._by_row.get(row)
-        if connection is None or self._state_of(connection) is not ConnectionState.RELEASED:
+        if connection is None or not self._is_let_go(connection):
             return
         if row in self._homeless:
             return
         self._leave_worker(connection)
         self._core.count("handed_over")
         self._assign(connection)
+
+    def _is_let_go(self, connection: Connection) -> bool:
+        """By its worker, on purpose; a connection whose hello is awaited has no state of its own for that."""
+        state = self._state_of(connection)
+        early = state is ConnectionState.ACCEPTED and connection.worker is not None
+        return early or state is ConnectionState.RELEASED
 
     def ended(self, row: int) -> None:
         connection = self._by_row.get(row)
@@ -545,7 +452,7 @@ class Connections:
 
     def kick(self, connection: Connection) -> None:
         """Through its worker, who alone may touch the socket; one that no worker ever had is closed here."""
-        if connection.row in self._waiting:
+        if connection.row in self._waiting and not connection.greets:
             self._drop(connection, "kicked")
             return
         self._flag(connection, ConnectionFlag.KICKED, on=True)
@@ -574,7 +481,8 @@ class Connections:
         """Its row says ENDED: nobody reads it any more, and all its bytes have been offered to the storer."""
         words = self._core.state.connections[connection.row]
         reason = CloseReason(int(words[Con.REASON]))
-        packet_size = max(1, int(self._core.state.streams[connection.stream or 0, Str.PACKET_SIZE]))
+        stream = connection.stream
+        packet_size = 1 if stream is None else max(1, int(self._core.state.streams[stream, Str.PACKET_SIZE]))
         received = int(words[Con.SOCKET_BYTES]) - int(words[Con.HANDSHAKE_BYTES])
         fields: dict[str, Any] = {
             "stream": self.stream_name(connection),
@@ -592,7 +500,6 @@ class Connections:
         if fields["truncated_bytes"]:
             self._core.count("truncated_packets")
         log.event(logger, logging.INFO, "connection ended", message_id=log.MessageId.CLIENT_ENDED, **fields)
-        stream = connection.stream
         self._forget(connection)
         if stream is not None:
             self.streams.drain(stream)
@@ -604,7 +511,7 @@ class Connections:
         if connection.stream is not None:
             self.streams.abandon(connection.stream)
         if connection.fd >= 0:
-            _shut_down(connection.fd)
+            shut_down(connection.fd)
         self._forget(connection)
 
     def _forget(self, connection: Connection) -> None:
@@ -627,31 +534,18 @@ class Connections:
         for connection in self.all():
             if connection.fd >= 0:
                 if for_good:
-                    _shut_down(connection.fd)
+                    shut_down(connection.fd)
                 os.close(connection.fd)
         self._by_row.clear()
 
 
-def _flags(listener: ListenerConfig) -> StreamFlag:
-    flags = StreamFlag(0)
-    if listener.store:
-        flags |= StreamFlag.STORE
-    if listener.on_full is OnFull.DROP_OLDEST:
-        flags |= StreamFlag.DROP_OLDEST
-    return flags
-
-
-def _is_ending(fd: int) -> bool:
-    """Whether the peer has closed or reset it. Poll takes no lock of the socket, so it may be asked at any time."""
-    poll = select.poll()
-    poll.register(fd, select.POLLRDHUP)
-    return bool(poll.poll(0))
-
-
-def _shut_down(fd: int) -> None:
-    """A close says nothing to the peer while a carrier holds a dup."""
-    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as sock:
-        sock.shutdown(socket.SHUT_RDWR)
+def _first_message(connection: Connection) -> Message:
+    """What a worker is to do with it."""
+    row, cookie, fd = connection.row, connection.cookie, connection.fd
+    if connection.farewell is not None:
+        line = connection.farewell.line.decode("ascii")
+        return Message(Kind.REFUSE, row, cookie, connection.farewell.reason, {"line": line}, fd)
+    return Message(Kind.GREET if connection.awaits_worker_without_stream else Kind.ATTACH, row, cookie, fd=fd)
 
 
 def _nothing(*_: object) -> None:

@@ -11,7 +11,8 @@ import logging
 from mpserverd import log
 from mpserverd.arena.state import Slot, Str
 from mpserverd.supervisor.children import Child, Children
-from mpserverd.supervisor.connections import Connection, Connections
+from mpserverd.supervisor.connection import Connection
+from mpserverd.supervisor.connections import Connections
 from mpserverd.supervisor.core import Core
 from mpserverd.supervisor.placement import choose_move, is_lopsided
 

@@ -14,6 +14,7 @@ import time
 import numpy as np
 
 from mpserverd.arena.state import StateTable, Str, StreamFlag, StreamState
+from mpserverd.supervisor.hello import Asked
 
 NO_CONNECTION = (1 << 64) - 1
 """In a stream's CONNECTION word: nobody feeds it."""
@@ -74,13 +75,21 @@ class StreamRows:
         return row
 
     def begin_opening(
-        self, name: str, listener: int, packet_size: int, flags: StreamFlag, client_index: int
+        self, name: str, listener: int, packet_size: int, flags: StreamFlag, client_index: int, wish: Asked
     ) -> int | None:
-        """Ask the storer for the stream of that name; the caller rings it. None when no row is free."""
+        """Ask the storer for the stream of that name; the caller rings it. None when no row is free.
+
+        ``client_index`` is the client's place in the configuration, -1 for none.
+        """
         row = self._take()
         if row is not None:
+            if wish.new_epoch:
+                flags |= StreamFlag.NEW_EPOCH
             self._fill(row, name, listener, packet_size, flags | StreamFlag.NAMED)
-            self._state.streams[row, Str.CLIENT_INDEX] = client_index + 1
+            words = self._state.streams[row]
+            words[Str.CLIENT_INDEX] = client_index + 1
+            words[Str.ASKED_EPOCH] = wish.asked_epoch
+            words[Str.EPOCH] = wish.epoch or words[Str.EPOCH]
             self._named[name] = row
             self._opening.add(row)
             self._set_state(row, StreamState.OPENING)

@@ -17,6 +17,8 @@ from mpserverd.arena.state import CloseReason, Con, ConnectionState, StateTable,
 from mpserverd.arena.window import LeasePool, StreamWindow
 from mpserverd.errors import MpserverdError
 from mpserverd.net import tcp_info
+from mpserverd.protocol.mps import Level, Ok
+from mpserverd.worker.answers import Answers
 from mpserverd.worker.checker import Checker
 
 READ_BYTES_MAX = 256 * 1024
@@ -29,8 +31,14 @@ READS_A_TURN = 4
 """Then it is another connection's turn."""
 
 
+FAREWELL_NS = 3_600_000_000_000
+"""A client that has sent its last byte waits at most so long for its last acknowledgement, when the disk is full."""
+
 _RESETS = frozenset({errno.ECONNRESET, errno.EPIPE, errno.ECONNABORTED})
 _TIMEOUTS = frozenset({errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH})
+
+_HEARD_OUT = frozenset({CloseReason.ENDED, CloseReason.STOPPING})
+"""Ends at which an mps client waits for its last acknowledgement, and gets it."""
 
 CheckerMaker = Callable[[int], Checker]
 """Makes the checker of a stream row."""
@@ -47,17 +55,21 @@ class Connection:
         "_base",
         "_checker",
         "_handshake",
+        "_handshake_at_attach",
         "_offset_at_attach",
         "_socket_at_attach",
         "_stream_base",
         "_truncated_at_attach",
         "_wanted",
         "_words",
+        "answers",
         "blocked",
         "closing",
+        "closing_since_ns",
         "drain_bytes",
         "dropped_bytes",
         "errno",
+        "farewell_ns",
         "fd",
         "idle_timeout_ns",
         "last_received_ns",
@@ -65,6 +77,7 @@ class Connection:
         "paused",
         "received_since",
         "registered",
+        "retry_s",
         "row",
         "silent_timeout_ns",
         "sock",
@@ -73,8 +86,15 @@ class Connection:
     )
 
     def __init__(
-        self, state: StateTable, pool: LeasePool, row: int, sock: socket.socket, checker_for: CheckerMaker
+        self,
+        state: StateTable,
+        pool: LeasePool,
+        row: int,
+        sock: socket.socket,
+        checker_for: CheckerMaker,
+        level: Level | None = None,
     ) -> None:
+        """``level`` is what an acknowledgement means; None on a raw listener, which gives none."""
         words = state.words
         self._words = words
         self.row = row
@@ -89,31 +109,75 @@ class Connection:
         self._truncated_at_attach = int(words[base + Con.TRUNCATED_AT_ATTACH])
         self._socket_at_attach = int(words[base + Con.SOCKET_AT_ATTACH])
         self._handshake = int(words[base + Con.HANDSHAKE_BYTES])
+        self._handshake_at_attach = int(words[base + Con.HANDSHAKE_AT_ATTACH])
         self._wanted = pool.arena.chunk_bytes
         self.paused = False
         self.blocked = False
         self.registered = False
         self.closing = CloseReason.NONE
+        self.closing_since_ns = 0
+        self.retry_s = 0
         self.errno = 0
         self.drain_bytes = -1
         self.received_since = 0
         self.dropped_bytes = 0
         self.idle_timeout_ns = self.silent_timeout_ns = 0
+        self.farewell_ns = FAREWELL_NS
         self.last_received_ns = time.monotonic_ns()
         self.window = StreamWindow(state, pool, self.stream_row)
         self._checker = checker_for(self.stream_row)
         self._take_up()
+        self.answers = None if level is None else Answers(sock, self._ok(level))
 
     def _take_up(self) -> None:
         """Ask the kernel where the stream stands; the same for a fresh connection and for an orphan."""
         taken = tcp_info.consumed(self.sock)
         self.errno = taken.error
         self.mark_blocked(False)
-        self._publish_socket_bytes(taken.consumed_bytes)
-        self.window.adopt(self._offset_at_attach + taken.consumed_bytes - self._handshake)
+        consumed_bytes = taken.consumed_bytes
+        if consumed_bytes < self._handshake:
+            consumed_bytes += self._take_hello(self._handshake - consumed_bytes)
+        hello_bytes = min(consumed_bytes, self._handshake)
+        self._words[self._stream_base + Str.HANDSHAKE] = self._handshake_at_attach + hello_bytes
+        self._publish_socket_bytes(consumed_bytes)
+        self.window.adopt(self._offset_at_attach + consumed_bytes - hello_bytes)
         self.packets_counted = self.window.position // self.window.packet_size
         if self.window.position == self._offset_at_attach:
             self._checker.forget_sequence()
+
+    def _take_hello(self, length: int) -> int:
+        """Exactly the bytes of the hello that were looked at before: they wait in the kernel."""
+        taken = 0
+        while taken < length:
+            try:
+                count = len(self.sock.recv(length - taken))
+            except OSError as error:  # a reset takes nothing away that had come; then the next read says it again
+                self.errno = error.errno or 0
+                break
+            if not count:
+                break
+            taken += count
+        return taken
+
+    def _ok(self, level: Level) -> Ok:
+        """The same in every worker: it follows from the row."""
+        epoch = int(self._words[self._stream_base + Str.EPOCH])
+        return Ok(self._offset_at_attach // self.window.packet_size, level, epoch)
+
+    # -- acknowledgements (mps)
+
+    def acknowledge(self) -> bool:
+        """Tell the client what has become durable. True when it has been told of every whole packet that it sent."""
+        if self.answers is None:
+            return True
+        words, base, packet = self._words, self._stream_base, self.window.packet_size
+        durable = words[base + Str.DURABLE]
+        holes = words[base + Str.DURABLE_HOLES]  # read after it: they may be too many then, never too few
+        told = self.answers.acknowledge(durable // packet)
+        acked = durable - min(holes, durable)
+        if told and acked > words[base + Str.ACKED]:
+            words[base + Str.ACKED] = acked
+        return told and durable >= self.window.position - self.window.position % packet
 
     def mark_blocked(self, blocked: bool) -> None:
         """Whether it waits for a place in the arena; mpserverctl shows it."""
@@ -210,6 +274,8 @@ class Connection:
 
         It has to wait only when packets were dropped and the hole cannot be passed yet.
         """
+        if self.closing is CloseReason.NONE:
+            self.closing_since_ns = time.monotonic_ns()
         self.closing = reason
         window, words = self.window, self._words
         end, partial = window.position, window.position % window.packet_size
@@ -220,6 +286,11 @@ class Connection:
             window.offer(self._checker.checked, closing=True)
         if window.offered != end - partial:
             return False
+        if self.answers is not None:
+            if reason in _HEARD_OUT and self._is_owed(end - partial):
+                return False
+            self.acknowledge()
+            self.answers.bye(reason, self.retry_s)
         words[self._base + Con.SOCKET_BYTES] = self.consumed_bytes
         words[self._stream_base + Str.TRUNCATED] = self._truncated_at_attach + partial
         window.close(end - partial)
@@ -228,9 +299,16 @@ class Connection:
         words[self._base + Con.STATE] = ConnectionState.ENDED
         return True
 
+    def _is_owed(self, end: int) -> bool:
+        """Whether the client still waits to hear that everything is durable; for its time only."""
+        if time.monotonic_ns() - self.closing_since_ns > self.farewell_ns:
+            return False
+        return self.window.durable() < end
+
     def release(self) -> None:
         """Hand over: everything is published; the successor asks the kernel again."""
         self.check_and_offer()
+        self.acknowledge()
         self._words[self._base + Con.SOCKET_BYTES] = self.consumed_bytes
         self._words[self._base + Con.STATE] = ConnectionState.RELEASED
 

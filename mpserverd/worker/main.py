@@ -33,11 +33,15 @@ from mpserverd.arena.state import (
     Wants,
 )
 from mpserverd.arena.window import KEPT_AHEAD, LeasePool
+from mpserverd.config.schema import ListenerConfig, Protocol, Sync
 from mpserverd.net import tcp_info
 from mpserverd.net.channel import Channel, Kind, Message
 from mpserverd.protocol.layout import PacketLayout
+from mpserverd.protocol.mps import Level
+from mpserverd.worker.answers import BYE_REASONS
 from mpserverd.worker.checker import Checker, Scratch, scratch_for
 from mpserverd.worker.connection import Connection, StaleHintError
+from mpserverd.worker.reception import Reception
 
 _log = logging.getLogger(__name__)
 
@@ -82,6 +86,10 @@ class Worker:
         self._dirty: set[Connection] = set()
         self._blocked: set[Connection] = set()
         self._closing: set[Connection] = set()
+        self._owing: set[Connection] = set()
+        """Connections whose client waits for an acknowledgement."""
+        self._level = Level.DURABLE if launch.config.spool.sync is Sync.DURABLE else Level.STORED
+        self._reception = Reception(self._state, launch.index, self._epoll, self._send, self._slot + Slot.REASONS)
         self._layouts = {
             number: PacketLayout.from_config(launch.config.layouts[listener.layout])
             for number, listener in launch.listeners.items()
@@ -112,7 +120,7 @@ class Worker:
         while not (self._leaving and not self._by_row):
             events = self._epoll.poll(self._patience_s(next_pass_s, next_tick_s))
             now_s = time.monotonic()
-            for fd, _ in events:
+            for fd, mask in events:
                 connection = self._by_fd.get(fd)
                 if connection is not None:
                     self._read(connection)
@@ -120,6 +128,10 @@ class Worker:
                     self._answer_doorbell()
                 elif fd == self._channel.fileno():
                     self._take_messages()
+                else:
+                    self._reception.handle(fd, mask)
+            if self._rung and self._owing:
+                self._acknowledge()
             if (self._blocked or self._closing) and (self._rung or now_s >= next_retry_s):
                 self._retry()
                 next_retry_s = now_s + RETRY_INTERVAL_S
@@ -160,6 +172,8 @@ class Worker:
             words[self._counter["dropped_packets"]] += connection.dropped_bytes // connection.window.packet_size
             connection.dropped_bytes = 0
             self._dirty.add(connection)
+            if connection.answers is not None:
+                self._owe(connection)
             if self._pool.presses(len(connection.window.chunks)):
                 self._press()
         if reason is not CloseReason.NONE:
@@ -207,6 +221,9 @@ class Worker:
         self._taken_at_tick = pool.taken
         if pool.taken:
             pool.count_free()
+        if self._owing:
+            self._acknowledge()  # those whose buffer was full too
+        self._reception.tick(now_ns)
         words[self._counter["chunks_taken"]] = pool.taken
         words[self._counter["chunks_leased"]] = len(pool)
 
@@ -259,8 +276,18 @@ class Worker:
             self._read(connection)
         for connection in list(self._closing):
             self._finish(connection, connection.closing)
-        if not self._blocked and not self._closing:
-            self._want(Wants.DURABLE, wanted=False)
+        self._want(Wants.DURABLE, wanted=bool(self._blocked or self._closing or self._owing))
+
+    def _owe(self, connection: Connection) -> None:
+        """Its client waits to hear that what it sent is durable."""
+        if connection not in self._owing:
+            self._owing.add(connection)
+            self._want(Wants.DURABLE, wanted=True)
+
+    def _acknowledge(self) -> None:
+        """After a commit: tell those who wait for one."""
+        self._owing = {connection for connection in self._owing if not connection.acknowledge()}
+        self._want(Wants.DURABLE, wanted=bool(self._blocked or self._closing or self._owing))
 
     def _answer_doorbell(self) -> None:
         os.eventfd_read(self._launch.doorbell_fd)
@@ -309,10 +336,15 @@ class Worker:
         kind = message.kind
         if kind is Kind.ATTACH:
             self._attach(message)
+        elif kind is Kind.GREET:
+            self._reception.greet(message, self._listener_of(message.row).handshake_timeout_s)
+        elif kind is Kind.REFUSE:
+            self._reception.refuse(message)
         elif kind is Kind.DRAIN:
             self._drain()
         elif kind is Kind.DETACH_ALL:
             self._leaving = True
+            self._reception.release_all()
             for connection in list(self._by_row.values()):
                 self._detach(connection)
         elif kind is Kind.LOG_LEVEL and message.payload:
@@ -320,16 +352,23 @@ class Worker:
         elif kind is Kind.REOPEN_LOG:
             log.reopen()
         elif (named := self._by_row.get(message.row)) is not None:
-            if kind is Kind.DETACH:
-                self._detach(named)
-            elif kind is Kind.KICK:
-                self._finish(named, CloseReason(message.reason) if message.reason else CloseReason.KICKED)
-            elif kind is Kind.PAUSE:
-                named.paused = True
-                self._unregister(named)
-            elif kind is Kind.RESUME:
-                named.paused = False
-                self._register(named)
+            self._obey_for(named, message)
+        elif kind is Kind.KICK:
+            self._reception.end(message.row, CloseReason(message.reason))
+
+    def _obey_for(self, connection: Connection, message: Message) -> None:
+        """What concerns one connection."""
+        if message.kind is Kind.DETACH:
+            self._detach(connection)
+        elif message.kind is Kind.KICK:
+            connection.retry_s = message.value
+            self._finish(connection, CloseReason(message.reason) if message.reason else CloseReason.KICKED)
+        elif message.kind is Kind.PAUSE:
+            connection.paused = True
+            self._unregister(connection)
+        elif message.kind is Kind.RESUME:
+            connection.paused = False
+            self._register(connection)
 
     # -- a connection's life
 
@@ -344,25 +383,31 @@ class Worker:
             return
         sock.setblocking(False)
         words[self._in_hand] = row + 1
+        listener = self._listener_of(row)
+        level = self._level if listener.protocol is Protocol.MPS else None
         try:
-            connection = Connection(self._state, self._pool, row, sock, self._checker_for)
+            connection = Connection(self._state, self._pool, row, sock, self._checker_for, level)
         except StaleHintError as stale:
             log.event(_log, logging.WARNING, "connection not taken up", reason=str(stale), row=row)
             sock.close()
             return
-        listener = self._launch.listeners[int(words[base + Con.LISTENER])]
         connection.idle_timeout_ns = int(listener.idle_timeout_s * 1e9)
         connection.silent_timeout_ns = int(listener.handshake_timeout_s * 1e9)
         # before the first read: a PAUSE that follows the ATTACH would come too late
         connection.paused = bool(words[base + Con.FLAGS] & ConnectionFlag.PAUSED)
         self._by_row[row] = self._by_fd[connection.fd] = connection
         self._dirty.add(connection)
+        if connection.answers is not None:
+            self._owe(connection)
         self._words[self._counter["attached"]] += 1
         self._words[self._slot + Slot.CONNECTIONS] = len(self._by_row)
         if words[base + Con.FLAGS] & ConnectionFlag.QUARANTINED:
             self._finish(connection, CloseReason.QUARANTINED)
             return
         self._register(connection)
+
+    def _listener_of(self, row: int) -> ListenerConfig:
+        return self._launch.listeners[int(self._words[self._state.connection_base(row) + Con.LISTENER])]
 
     def _checker_for(self, stream_row: int) -> Checker:
         listener = int(self._words[self._state.stream_base(stream_row) + Str.LISTENER])
@@ -389,7 +434,10 @@ class Worker:
             return
         self._words[self._slot + Slot.REASONS + reason] += 1
         self._forget(connection)
-        connection.close(shutdown=True)
+        if connection.answers is not None and reason in BYE_REASONS:
+            self._reception.linger(connection.sock)
+        else:
+            connection.close(shutdown=True)
         self._send(Message(Kind.ENDED, row=connection.row, reason=reason))
 
     def _detach(self, connection: Connection) -> None:
@@ -404,15 +452,17 @@ class Worker:
 
     def _forget(self, connection: Connection) -> None:
         del self._by_row[connection.row], self._by_fd[connection.fd]
-        for members in (self._dirty, self._blocked, self._closing):
+        for members in (self._dirty, self._blocked, self._closing, self._owing):
             members.discard(connection)
         self._words[self._slot + Slot.CONNECTIONS] = len(self._by_row)
 
     def _drain(self) -> None:
         """The daemon stops: take what the kernel holds now, finalise, leave."""
         self._leaving = True
+        self._reception.end_all(CloseReason.STOPPING)
         for connection in list(self._by_row.values()):
             connection.paused = False
+            connection.farewell_ns = int(self._launch.config.server.stop_timeout_s * 5e8)
             connection.begin_drain()
             if connection.drain_bytes == 0 and connection.closing is CloseReason.NONE:
                 self._finish(connection, CloseReason.STOPPING)
