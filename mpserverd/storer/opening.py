@@ -16,7 +16,7 @@ import re
 import stat
 from collections.abc import Iterable, Sequence
 
-from mpserverd.arena.state import Check, Str, StreamState
+from mpserverd.arena.state import Check, Str, StreamFlag, StreamState
 from mpserverd.errors import DamageError
 from mpserverd.limits import STREAM_NAME_BYTES_MAX
 from mpserverd.log import MessageId
@@ -27,6 +27,7 @@ from mpserverd.storer.advice import advice
 from mpserverd.storer.catalog import SegmentRecord, StreamRecord
 from mpserverd.storer.live import Desk, LiveStream
 from mpserverd.storer.segment_file import SegmentFile, segment_name
+from mpserverd.storer.sidecar import identity_of
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +63,10 @@ class Opening:
     def _find(self, stream: LiveStream) -> tuple[LiveStream, StreamRecord | None]:
         """The catalog's stream that this one continues; None begins a new one, at the first packet."""
         record = self._desk.catalog.current(stream.name)
-        if record is None:
+        if record is None or self._begins_anew(stream, record):
             return stream, None
+        if record.packet_size != stream.packet_size and self._desk.word(stream, Str.FLAGS) & StreamFlag.MPS:
+            self._take_packet_size(stream, record)
         if record.packet_size != stream.packet_size:
             self._desk.note(
                 logger,
@@ -78,6 +81,17 @@ class Opening:
         if not self.attach(stream, record):
             return stream, None
         return stream, record
+
+    def _begins_anew(self, stream: LiveStream, record: StreamRecord) -> bool:
+        """Whether its client asked for a new epoch, not knowing the present one."""
+        asked = self._desk.word(stream, Str.ASKED_EPOCH)
+        new = self._desk.word(stream, Str.FLAGS) & StreamFlag.NEW_EPOCH
+        return bool(new) and f"{asked:016x}" != record.epoch
+
+    def _take_packet_size(self, stream: LiveStream, record: StreamRecord) -> None:
+        """A client that says hello is told of it by whoever asked for the stream; it stays as it is."""
+        stream.packet_size = record.packet_size
+        self._desk.state.words[stream.base + Str.PACKET_SIZE] = record.packet_size
 
     def _fill(self, stream: LiveStream, record: StreamRecord) -> None:
         words, base = self._desk.state.words, stream.base
@@ -164,6 +178,8 @@ class Opening:
                 stream.name = name
             stream.catalog_id = catalog_id
             stream.directory = desk.path_of(directory)
+            record = desk.catalog.by_id(catalog_id)
+            stream.identity = identity_of(record) if record is not None else b""
             desk.state.words[stream.base + Str.CATALOG_ID] = catalog_id
 
     def _begin(self, stream: LiveStream, now_unix_ns: int) -> tuple[int, str, str]:

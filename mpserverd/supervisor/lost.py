@@ -31,6 +31,7 @@ def finish_without_socket(state: StateTable, arena: Arena, row: int, reason: Clo
     consumed = position - int(connection[Con.OFFSET_AT_ATTACH]) + int(connection[Con.HANDSHAKE_BYTES])
     connection[Con.SOCKET_BYTES] = consumed
     stream[Str.SOCKET] = int(connection[Con.SOCKET_AT_ATTACH]) + consumed
+    stream[Str.HANDSHAKE] = connection[Con.HANDSHAKE_AT_ATTACH] + connection[Con.HANDSHAKE_BYTES]
     stream[Str.TRUNCATED] = int(connection[Con.TRUNCATED_AT_ATTACH]) + partial
     window.close(position - partial)
     arena.table.revoke(lease)
