@@ -32,18 +32,20 @@ from mpserverd.load.daemon_figures import Ask, DaemonFigures, collect, control_c
 from mpserverd.load.expected import ExpectedPackets
 from mpserverd.load.progress import ProgressView
 from mpserverd.load.results import Thresholds, misses, summarize
-from mpserverd.load.scenario import Scenario, parse_source_addresses
+from mpserverd.load.scenario import PROTOCOLS, Scenario, parse_source_addresses
 from mpserverd.load.spool_view import open_spool
 from mpserverd.load.tables import print_summary
 from mpserverd.load.verify import Verification, verify
+from mpserverd.load.verify_mps import verify_mps
 from mpserverd.version import VERSION
 
 VERIFY_LINES_MAX = 50
 FILE_COLUMNS = 140
+PORTS = {"raw": 8888, "mps": 8889}
 
 EXIT_CODES = {
-    0: "everything was sent as asked (and found again, with `--verify`)",
-    1: "a threshold was missed, connections were lost, or the spool holds something else than was sent",
+    0: "everything was sent as asked (and acknowledged, with `mps`; and found again, with `--verify`)",
+    1: "a threshold was missed, connections were lost, packets not acknowledged, or the spool holds something else",
     2: "bad usage: unknown option, impossible value, unknown host name",
     3: "not one client could connect",
 }
@@ -57,15 +59,28 @@ def source_addresses(text: str) -> tuple[str, ...]:
 
 
 def protocol(text: str) -> str:
-    if text != "raw":
-        raise argparse.ArgumentTypeError(f"{text!r} is not offered; raw is")
+    if text not in PROTOCOLS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not offered; {' and '.join(PROTOCOLS)} are")
     return text
 
 
 RUN_OPTIONS: tuple[Option, ...] = (
     Option("--host", "HOST", str, "127.0.0.1", "Name or address of the server."),
-    Option("--port", "PORT", number(int, 1, 65_535), 8888, "Its port."),
-    Option("--protocol", "NAME", protocol, "raw", "`raw`: packets from the first byte on, nothing comes back."),
+    Option("--port", "PORT", number(int, 1, 65_535), None, "Its port (8888; for `mps` 8889)."),
+    Option(
+        "--protocol",
+        "NAME",
+        protocol,
+        "raw",
+        "`raw`: packets from the first byte on, nothing comes back. `mps`: acknowledged, and resumed after a break.",
+    ),
+    Option(
+        "--client-prefix",
+        "PREFIX",
+        str,
+        None,
+        "`mps`: client N is called PREFIX-N (without it, `mpload-` and the seed).",
+    ),
     Option("--clients", "N", number(int, 1, 100_000), 10, "Connections, each with packets of its own."),
     Option(
         "--rate",
@@ -100,10 +115,22 @@ RUN_OPTIONS: tuple[Option, ...] = (
         10.0,
         "After the end of the schedule: how long late packets may take. Without one: how long nothing may move.",
     ),
-    Option("--close-timeout", "S", number(float, 0.01, 3600), 10.0, "How long to wait for the server's close."),
+    Option(
+        "--close-timeout",
+        "S",
+        number(float, 0.01, 3600),
+        10.0,
+        "How long to wait for the last acknowledgements (`mps`) and for the server's close.",
+    ),
     Option("--min-rate-percent", "P", number(float, 0, 100), 99.0, "Below this share of the target rate: exit code 1."),
     Option("--max-reconnects", "N", number(int, 0, 10**9), 0, "With more lost connections than this: exit code 1."),
-    Option("--verify", "SPOOL", pathlib.Path, None, "Afterwards find each connection in this spool; compare hashes."),
+    Option(
+        "--verify",
+        "SPOOL",
+        pathlib.Path,
+        None,
+        "Afterwards find each connection (`mps`: client) in this spool; compare.",
+    ),
     Option("--verify-timeout", "S", number(float, 0, 86_400), 30.0, "How long to wait until the spool holds all."),
     Option("--control-socket", "PATH", str, None, "Ask the daemon for `latency_ms` and what it received and stored."),
     Option("--json", "FILE", str, None, "Write the figures as one JSON object; `-`: standard output, without tables."),
@@ -121,7 +148,8 @@ def run_parser(subparsers: Any = None) -> argparse.ArgumentParser:
 def make_scenario(arguments: argparse.Namespace) -> Scenario:
     """Raises UsageError."""
     try:
-        found = socket.getaddrinfo(arguments.host, arguments.port, type=socket.SOCK_STREAM)
+        port = arguments.port or PORTS[arguments.protocol]
+        found = socket.getaddrinfo(arguments.host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise UsageError(f"--host {arguments.host}: {error}") from None
     duration_s = arguments.duration
@@ -129,6 +157,8 @@ def make_scenario(arguments: argparse.Namespace) -> Scenario:
         duration_s = 30.0
     return Scenario(
         targets=tuple((int(family), address) for family, _, _, _, address in found),
+        protocol=arguments.protocol,
+        client_prefix=arguments.client_prefix,
         clients=arguments.clients,
         rate=arguments.rate,
         packet_size=arguments.packet_size,
@@ -188,7 +218,8 @@ def _send(
 
 def _verify(scenario: Scenario, outcome: Outcome, arguments: argparse.Namespace) -> Verification:
     expected = ExpectedPackets(scenario, outcome.started_unix_ns)
-    verification = verify(open_spool(arguments.verify), outcome.clients, expected, arguments.verify_timeout)
+    compare = verify_mps if scenario.protocol == "mps" else verify
+    verification = compare(open_spool(arguments.verify), outcome.clients, expected, arguments.verify_timeout)
     for line in (*verification.mismatches, *verification.notes)[:VERIFY_LINES_MAX]:
         print(f"mpload: {line}", file=sys.stderr)
     hidden = len(verification.mismatches) + len(verification.notes) - VERIFY_LINES_MAX

@@ -44,6 +44,7 @@ class Progress:
     connected: int
     errors: int
     last_error: str | None
+    acked: int = 0
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Outcome:
     clients: list[ClientResult] = field(default_factory=list)
     lateness: Histogram = field(default_factory=Histogram)
     connect: Histogram = field(default_factory=Histogram)
+    acknowledging: Histogram = field(default_factory=Histogram)
     started_unix_ns: int = 0
     start_ns: int = 0
     unix_offset_ns: int = 0
@@ -182,6 +184,7 @@ class Crew:
             connected=sum(message["connected"] for message in latest),
             errors=sum(message["errors"] for message in latest),
             last_error=errors[-1] if errors else None,
+            acked=sum(message["acked"] for message in latest),
         )
 
     def _merge(self) -> None:
@@ -193,5 +196,6 @@ class Crew:
                 outcome.clients.append(ClientResult(**row, connections=connections))
             outcome.lateness.merge(Histogram.from_json(result["lateness"]))
             outcome.connect.merge(Histogram.from_json(result["connect"]))
+            outcome.acknowledging.merge(Histogram.from_json(result["acknowledging"]))
             outcome.cpu_user_s += result["cpu_user_s"]
             outcome.cpu_system_s += result["cpu_system_s"]

@@ -1,11 +1,11 @@
 """One load client: its connection, what it still has to send, and what it did. One thread, non-blocking sockets.
 
-    WAITING -> CONNECTING -> OPEN -> CLOSING -> DONE
-       ^___________|__________|                      a failed attempt or a broken connection: wait, try again
+    WAITING -> CONNECTING -> (GREETING ->) OPEN -> CLOSING -> DONE
+       ^___________|_____________|__________|            a failed attempt or a broken connection: wait, try again
 
 Rules: a connection begins at a packet boundary; what was left of a packet when its connection broke is dropped,
 because on a raw listener a new connection is a new stream. While a link cannot send, its schedule goes on. Bytes are
-counted and hashed as the kernel takes them.
+counted and hashed as the kernel takes them. GREETING is for servers that answer a hello (``mps_link.py``).
 
 When to call what is the sender's business (``sender.py``); the link says what it waits for in ``wants``, ``wake_ns``.
 """
@@ -36,13 +36,14 @@ IN_PROGRESS = (errno.EINPROGRESS, errno.EWOULDBLOCK)
 IP_BIND_ADDRESS_NO_PORT = 24
 """Linux: choose the local port at connect(), per destination; otherwise some 28,000 clients use up all ports."""
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
-DISCARD_BYTES = 4096
+RECEIVE_BYTES = 1 << 16
 FLAT_OUT_STAMP_NS = 1_000_000
 
 
 class LinkState(Enum):
     WAITING = "waiting"
     CONNECTING = "connecting"
+    GREETING = "greeting"
     OPEN = "open"
     CLOSING = "closing"
     DONE = "done"
@@ -50,7 +51,8 @@ class LinkState(Enum):
 
 MOVES: dict[LinkState, frozenset[LinkState]] = {
     LinkState.WAITING: frozenset({LinkState.CONNECTING, LinkState.DONE}),
-    LinkState.CONNECTING: frozenset({LinkState.OPEN, LinkState.WAITING, LinkState.DONE}),
+    LinkState.CONNECTING: frozenset({LinkState.GREETING, LinkState.OPEN, LinkState.WAITING, LinkState.DONE}),
+    LinkState.GREETING: frozenset({LinkState.OPEN, LinkState.WAITING, LinkState.DONE}),
     LinkState.OPEN: frozenset({LinkState.WAITING, LinkState.CLOSING, LinkState.DONE}),
     LinkState.CLOSING: frozenset({LinkState.DONE}),
     LinkState.DONE: frozenset(),
@@ -59,7 +61,8 @@ MOVES: dict[LinkState, frozenset[LinkState]] = {
 
 @dataclasses.dataclass
 class ConnectionRecord:
-    """One connection that was established. Times are unix ns; ``sent_bytes`` is what the kernel took."""
+    """One connection that was established. Times are unix ns; ``sent_bytes`` is what the kernel took of packets;
+    ``bye`` is why an mps server ended it in order."""
 
     local_address: str
     attempt_unix_ns: int
@@ -68,11 +71,16 @@ class ConnectionRecord:
     unconfirmed_bytes: int = 0
     broken: str | None = None
     sha256: str | None = None
+    bye: str | None = None
 
 
 @dataclasses.dataclass
 class ClientResult:
-    """What one client did. ``elapsed_s`` is at least the time that its packets stand for at the target rate."""
+    """What one client did. ``elapsed_s`` is at least the time that its packets stand for at the target rate.
+
+    The last ones are of mps clients: ``packets`` counts a packet once there however often it was sent, ``acked_s`` is
+    the time until the last acknowledgement, ``packets_withdrawn`` were acknowledged and asked for again.
+    """
 
     client: int
     packets: int
@@ -83,6 +91,13 @@ class ClientResult:
     errors_by_reason: dict[str, int]
     reconnects: int
     connections: list[ConnectionRecord]
+    client_id: str | None = None
+    epoch: str | None = None
+    level: str | None = None
+    packets_acked: int | None = None
+    acked_s: float | None = None
+    packets_resent: int = 0
+    packets_withdrawn: int = 0
 
 
 class Link:
@@ -103,12 +118,13 @@ class Link:
         self.errors_by_reason: dict[str, int] = {}
         self.last_error: str | None = None
         self.records: list[ConnectionRecord] = []
-        self.connect, self.lateness = Histogram(), Histogram()
-        self.sent_bytes, self.packets = 0, 0
+        self.connect, self.lateness, self.acknowledging = Histogram(), Histogram(), Histogram()
+        self.sent_bytes, self.packets, self.acked = 0, 0, 0
         self._block, self._shared_block = block, shared_block
         self._pending: memoryview | None = None
         self._pending_due_ns: int | None = None
         self._hasher: Any = None
+        self._local_address = ""
         self._attempt_ns, self._stopped_ns, self._stamp_ns = 0, 0, 0
         self._backoff = Backoff(BACKOFF_FIRST_NS, BACKOFF_MAX_NS, scenario.seed * 1_000_003 + client)
 
@@ -124,7 +140,7 @@ class Link:
             self.sock = self._new_socket(family)
             result = self.sock.connect_ex(address)
         except OSError as error:
-            self._fail_attempt(now_ns, _error_name(error))
+            self._fail_attempt(now_ns, error_name(error))
             return
         if result not in (0, *IN_PROGRESS):
             self._fail_attempt(now_ns, errno.errorcode.get(result, str(result)))
@@ -159,18 +175,26 @@ class Link:
         try:
             local, peer = self.sock.getsockname(), self.sock.getpeername()
         except OSError as error:
-            self._fail_attempt(now_ns, _error_name(error))
+            self._fail_attempt(now_ns, error_name(error))
             return
         if local == peer:
             # nobody listens, and the kernel chose the very port as ours: TCP connects a socket to itself then
             self._fail_attempt(now_ns, "ECONNREFUSED")
             return
+        self._local_address = address_text(local)
+        self._on_connected(now_ns)
+
+    def _on_connected(self, now_ns: int) -> None:
+        self._open(now_ns, self._first_unsent())
+
+    def _open(self, now_ns: int, first_index: int) -> None:
+        """Packets may flow, from ``first_index`` on."""
         self._move(LinkState.OPEN)
         self.wants, self.wake_ns = READ, None
         self.connect.add(now_ns - self._attempt_ns)
         self.reconnects += bool(self.records)
         started = time.time_ns() - (now_ns - self._attempt_ns)
-        self.records.append(ConnectionRecord(address_text(local), started, self._first_unsent()))
+        self.records.append(ConnectionRecord(self._local_address, started, first_index))
         self._hasher = hashlib.sha256() if self.scenario.hashing else None
 
     def on_timeout(self, now_ns: int) -> None:
@@ -183,21 +207,24 @@ class Link:
             self._break(now_ns, "close_timeout")
 
     def on_readable(self, now_ns: int) -> None:
-        """A raw server says nothing, so this is the end of the connection; should it talk, that is thrown away."""
+        """The end of the connection, or something that the server says."""
         assert self.sock is not None
         try:
-            received = self.sock.recv(DISCARD_BYTES)
+            received = self.sock.recv(RECEIVE_BYTES)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
-            self._break(now_ns, _error_name(error))
+            self._break(now_ns, error_name(error))
             return
         if received:
-            return
-        if self.state is LinkState.CLOSING:
+            self._on_received(received, now_ns)
+        elif self.state is LinkState.CLOSING:
             self._end(LinkState.DONE)
         else:
             self._break(now_ns, "closed_by_peer")
+
+    def _on_received(self, received: bytes, now_ns: int) -> None:
+        """A raw server says nothing; should it talk, that is thrown away."""
 
     def begin_close(self, now_ns: int) -> None:
         """Everything that will be sent was sent: say so, then wait until the peer has read it and closes."""
@@ -211,7 +238,7 @@ class Link:
         try:
             self.sock.shutdown(socket.SHUT_WR)
         except OSError as error:
-            self._break(now_ns, _error_name(error), LinkState.DONE)
+            self._break(now_ns, error_name(error), LinkState.DONE)
             return
         self._move(LinkState.CLOSING)
         self.wants = READ
@@ -228,14 +255,17 @@ class Link:
         record.broken = reason
         record.unconfirmed_bytes = min(self._unacknowledged_bytes(), record.sent_bytes)
         self._count_error(reason)
-        torn_bytes = record.sent_bytes % self.scenario.packet_size
-        if self._pending is not None and torn_bytes:
-            self._pending = self._pending[self.scenario.packet_size - torn_bytes :] or None
+        self._drop_torn(record)
         if now_ns - self._attempt_ns > STEADY_NS:
             self._backoff.reset()
         self._end(LinkState.DONE if self.state is LinkState.CLOSING else then)
         if self.state is LinkState.WAITING:
             self.wake_ns = now_ns + self._backoff.next_ns()
+
+    def _drop_torn(self, record: ConnectionRecord) -> None:
+        torn_bytes = record.sent_bytes % self.scenario.packet_size
+        if self._pending is not None and torn_bytes:
+            self._pending = self._pending[self.scenario.packet_size - torn_bytes :] or None
 
     def _unacknowledged_bytes(self) -> int:
         """What the peer's kernel has not acknowledged; elsewhere than on Linux an upper bound."""
@@ -308,8 +338,13 @@ class Link:
             self.schedule = schedule_of(scenario, self.client, start_ns)
 
     @property
-    def finished(self) -> bool:
+    def all_sent(self) -> bool:
+        """The kernel has taken everything once."""
         return self._pending is None and self.index >= self.index_end
+
+    @property
+    def finished(self) -> bool:
+        return self.all_sent
 
     def stop(self, now_ns: int) -> None:
         """Send no more than what completes the packet in progress."""
@@ -338,10 +373,14 @@ class Link:
             block = self._block.fill(self.client, first, end - first, stamp_ns + self.unix_offset_ns)
             assert len(block) == (end - first) * size
             self.index, self._pending_due_ns = end, due_ns
+            self._note_block(end, stamp_ns)
             if not self._send(block):
                 return
             blocks_max -= 1
         self._after_sending(now_ns, due)
+
+    def _note_block(self, end: int, stamp_ns: int) -> None:
+        """A block that ends before packet ``end`` goes to the kernel next."""
 
     def _flat_out_stamp_ns(self) -> int:
         """Now, to FLAT_OUT_STAMP_NS: a new time in every block would be a third of the work."""
@@ -368,7 +407,7 @@ class Link:
             sent = 0
         except OSError as error:
             self._pending = self._kept(block)
-            self._break(time.monotonic_ns(), _error_name(error))
+            self._break(time.monotonic_ns(), error_name(error))
             return False
         if sent:
             self._count_sent(block[:sent])
@@ -407,5 +446,6 @@ def address_text(address: Any) -> str:
     return f"{host}:{address[1]}" if host.version == 4 else f"[{host}]:{address[1]}"
 
 
-def _error_name(error: OSError) -> str:
+def error_name(error: OSError) -> str:
+    """``ECONNRESET``, or the name of the exception."""
     return errno.errorcode.get(error.errno or 0, type(error).__name__)

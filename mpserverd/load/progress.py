@@ -63,6 +63,8 @@ def progress_text(scenario: Scenario, now: Progress, rate: float) -> str:
         f"{rate:,.0f} packets/s ({target})  {now.packets:,} packets {now.bytes:,} bytes sent  "
         f"{now.connected}/{scenario.clients} clients  {now.errors} errors"
     )
+    if scenario.protocol == "mps":
+        text = text.replace(" bytes sent  ", f" bytes sent  {now.acked:,} acknowledged  ")
     return f"{text} ({reason_text(now.last_error)})" if now.errors and now.last_error else text
 
 

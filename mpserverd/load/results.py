@@ -16,6 +16,7 @@ from mpserverd.load.crew import Outcome
 from mpserverd.load.daemon_figures import DaemonFigures
 from mpserverd.load.link import ClientResult
 from mpserverd.load.scenario import Scenario
+from mpserverd.load.totals import ack_totals
 from mpserverd.load.verify import Verification
 from mpserverd.version import VERSION
 
@@ -53,7 +54,7 @@ def summarize(
     return {
         "schema_version": SCHEMA_VERSION,
         "version": VERSION,
-        "protocol": "raw",
+        "protocol": scenario.protocol,
         "started": _iso_utc(outcome.started_unix_ns),
         "interrupted": outcome.interrupted,
         "clients": scenario.clients,
@@ -62,9 +63,9 @@ def summarize(
         "batch": scenario.batch_packets(max(1, scenario.clients // processes)),
         "packets_sent": packets,
         "bytes_sent": sum(client.bytes for client in clients),
-        "packets_acked": None,
         "packets_delivered": _packets_delivered(scenario, clients),
         "packets_unsent": sum(client.packets_unsent for client in clients),
+        **ack_totals(clients),
         "rate": round(sum(client_rate(client) for client in clients), 3),
         "target_rate": None if scenario.flat_out else float(scenario.rate * scenario.clients),
         "errors": sum(client.errors for client in clients),
@@ -73,6 +74,7 @@ def summarize(
         "unconfirmed_bytes": sum(_unconfirmed_bytes(client) for client in clients),
         "connect_ms": outcome.connect.as_ms(50, 99),
         "lateness_ms": outcome.lateness.as_ms(50, 99, 99.9),
+        "ack_latency_ms": outcome.acknowledging.as_ms(50, 99, 99.9),
         "latency_ms": None if figures is None else figures.latency_ms,
         "duration_s": round(max((client.elapsed_s for client in clients), default=0.0), 6),
         "success_rate": _success_rate(clients, verification, figures),
@@ -98,8 +100,10 @@ def misses(
     never = sum(not client.connections for client in outcome.clients)
     if never:
         found.append(f"{never} of {scenario.clients} clients never had a connection")
+    found += _promise_misses(outcome.clients)
     if verification is not None and verification.mismatches:
-        found.append(f"{len(verification.mismatches)} connections are not stored as they were sent")
+        noun = "connections" if scenario.protocol == "raw" else "streams"
+        found.append(f"{len(verification.mismatches)} {noun} are not stored as they were sent")
     return found
 
 
@@ -116,6 +120,18 @@ def _pace_misses(scenario: Scenario, outcome: Outcome, percent_min: float) -> li
     unsent = sum(client.packets_unsent for client in outcome.clients)
     if not outcome.interrupted and 100 * (wanted - unsent) < percent_min * wanted:
         found.append(f"{unsent} of {wanted} packets could not be sent in time")
+    return found
+
+
+def _promise_misses(clients: Sequence[ClientResult]) -> list[str]:
+    """Of mps clients: what nobody has acknowledged, and what was acknowledged and is gone all the same."""
+    waiting = sum(client.packets - client.packets_acked for client in clients if client.packets_acked is not None)
+    withdrawn = sum(client.packets_withdrawn for client in clients)
+    found = []
+    if waiting > 0:
+        found.append(f"{waiting} packets that were sent are not acknowledged")
+    if withdrawn:
+        found.append(f"{withdrawn} packets were acknowledged and then asked for again")
     return found
 
 
@@ -139,6 +155,13 @@ def _client_json(client: ClientResult) -> dict[str, Any]:
         "reconnects": client.reconnects,
         "errors": client.errors,
         "errors_by_reason": client.errors_by_reason,
+        "client_id": client.client_id,
+        "epoch": client.epoch,
+        "level": client.level,
+        "packets_acked": client.packets_acked,
+        "packets_resent": client.packets_resent,
+        "packets_withdrawn": client.packets_withdrawn,
+        "acked_s": None if client.acked_s is None else round(client.acked_s, 6),
         "sha256": last.sha256 if last is not None and len(client.connections) == 1 else None,
         "connections": [asdict(record) for record in client.connections],
     }
@@ -146,7 +169,9 @@ def _client_json(client: ClientResult) -> dict[str, Any]:
 
 def _packets_delivered(scenario: Scenario, clients: Sequence[ClientResult]) -> int:
     """Without those that were not acknowledged by the other kernel when their connection broke. Nobody says that they
-    were read, much less stored."""
+    were read, much less stored. An mps server says it: acknowledged is delivered."""
+    if scenario.protocol == "mps":
+        return sum(client.packets_acked or 0 for client in clients)
     records = [record for client in clients for record in client.connections]
     lost = sum(-(-record.unconfirmed_bytes // scenario.packet_size) for record in records)
     return max(0, sum(client.packets for client in clients) - lost)
@@ -155,7 +180,8 @@ def _packets_delivered(scenario: Scenario, clients: Sequence[ClientResult]) -> i
 def _success_rate(
     clients: Sequence[ClientResult], verification: Verification | None, figures: DaemonFigures | None
 ) -> float | None:
-    """Stored over sent, by the spool or else by the daemon's ledger; None where neither tells what became of ours.
+    """Stored over sent, by the spool, or by acknowledgements, or else by the daemon's ledger; None where none of them
+    tells what became of ours.
 
     What a listener with ``store = false`` checked and gave up counts as stored: it did what it was told.
     """
@@ -164,6 +190,8 @@ def _success_rate(
         return None
     if verification is not None:
         return verification.stored_packets / packets
+    if clients[0].packets_acked is not None:
+        return sum(client.packets_acked or 0 for client in clients) / packets
     ledger = None if figures is None else figures.ledger
     sent_bytes = sum(client.bytes for client in clients)
     if ledger is None or ledger["received_bytes"] > sent_bytes:  # more than ours: somebody else sent too

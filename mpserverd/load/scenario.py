@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import itertools
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import cached_property
@@ -15,6 +16,7 @@ from typing import Any
 
 from mpserverd.client.packets import count_for_bytes
 from mpserverd.errors import UsageError
+from mpserverd.limits import CLIENT_ID_BYTES_MAX, CLIENT_ID_PATTERN
 
 FLAT_OUT_BLOCK_BYTES = 1 << 20
 """Measured: at 1 MiB a call the sender spends 0.8 of its time in the kernel's copy; at 64 KiB half of it elsewhere."""
@@ -22,6 +24,7 @@ FLAT_OUT_BYTES_MAX = 64 << 20
 """What the blocks of one process may take together."""
 PACED_BATCH = 804
 SOURCE_ADDRESSES_MAX = 4096
+PROTOCOLS = ("raw", "mps")
 
 ResolvedAddress = tuple[int, tuple[Any, ...]]
 """Address family and what connect() takes."""
@@ -32,6 +35,8 @@ class Scenario:
     """Options of ``mpload run`` that the senders need. ``rate`` 0: flat out. ``batch`` 0: the default of the mode."""
 
     targets: tuple[ResolvedAddress, ...]
+    protocol: str = "raw"
+    client_prefix: str | None = None
     clients: int = 10
     rate: Fraction = Fraction(10_050)
     packet_size: int = 16
@@ -49,6 +54,17 @@ class Scenario:
     def __post_init__(self) -> None:
         if self.packets is None and self.duration_s is None:
             raise UsageError("neither a duration nor a number of packets: the run would have no end")
+        longest = self.client_id(self.clients - 1)
+        if not re.fullmatch(CLIENT_ID_PATTERN, longest) or len(longest) > CLIENT_ID_BYTES_MAX:
+            raise UsageError(
+                f"client id {longest[:80]!r}: at most {CLIENT_ID_BYTES_MAX} letters, digits, dots, dashes and _, "
+                "the first a letter or digit"
+            )
+
+    def client_id(self, client: int) -> str:
+        """What an mps client calls itself: the same in every run with this seed."""
+        prefix = f"mpload-{self.seed}" if self.client_prefix is None else self.client_prefix
+        return f"{prefix}-{client}"
 
     @cached_property
     def flat_out(self) -> bool:

@@ -28,6 +28,7 @@ from mpserverd.client.packets import PacketBlock, count_for_bytes
 from mpserverd.load.histogram import Histogram
 from mpserverd.load.link import READ, WRITE, Link, LinkState
 from mpserverd.load.messages import Message, MessageStream
+from mpserverd.load.mps_link import MpsLink
 from mpserverd.load.scenario import FLAT_OUT_BLOCK_BYTES, Scenario
 
 PROGRESS_NS = NS_PER_S // 4
@@ -37,6 +38,7 @@ TURN_BYTES_FLAT_OUT = 128 << 10
 IDLE_NS_MAX = NS_PER_S
 CONNECTING_MAX = 512
 """Attempts in progress at once in one process: a listen queue is some 4,096 long, and shared by all of them."""
+ATTEMPTING = (LinkState.CONNECTING, LinkState.GREETING)
 
 
 class Phase(Enum):
@@ -56,12 +58,14 @@ class Sender:
         self.phase = Phase.CONNECTING
         shared = not scenario.flat_out
         blocks = self._blocks(scenario, clients, shared)
-        self.links = [
-            Link(scenario, client, block, shared_block=shared) for client, block in zip(clients, blocks, strict=False)
+        kind = MpsLink if scenario.protocol == "mps" else Link
+        self.links: list[Link] = [
+            kind(scenario, client, block, shared_block=shared) for client, block in zip(clients, blocks, strict=False)
         ]
         self._selector = selectors.DefaultSelector()
         self._selector.register(control, READ)
         self._drain_ns = int(scenario.drain_timeout_s * NS_PER_S)
+        self._close_ns = int(scenario.close_timeout_s * NS_PER_S)
         self._registered: dict[Link, tuple[socket.socket, int]] = {}
         self._wakes: list[tuple[int, int, Link]] = []
         self._order = itertools.count()
@@ -145,7 +149,7 @@ class Sender:
             link.end_connect(now_ns)
         elif mask & READ:
             link.on_readable(now_ns)
-        if mask & WRITE and self.phase is Phase.RUNNING and link.sock is not None:
+        if mask & WRITE and self.phase is Phase.RUNNING and link.state is LinkState.OPEN:
             link.send_due(now_ns, self._turn_blocks)
         self._settle(link)
 
@@ -163,10 +167,10 @@ class Sender:
         if link.wake_ns is not None and link.wake_ns != link.queued_ns:
             link.queued_ns = link.wake_ns
             heapq.heappush(self._wakes, (link.wake_ns, next(self._order), link))
-        if link in self._unresolved and link.state is not LinkState.CONNECTING:
+        if link in self._unresolved and link.state not in ATTEMPTING:
             self._unresolved.discard(link)
             self._begin_first_attempts(time.monotonic_ns())
-        if self.phase is Phase.RUNNING and link.finished:
+        if self.phase is Phase.RUNNING and (link.finished or link.state is LinkState.DONE):
             self._unfinished.discard(link)
         elif link.state is LinkState.DONE:
             self._unclosed.discard(link)
@@ -175,7 +179,7 @@ class Sender:
         while len(self._unresolved) < CONNECTING_MAX and self._untried:
             link = self._untried.popleft()
             link.begin_connect(now_ns)
-            if link.state is LinkState.CONNECTING:
+            if link.state in ATTEMPTING:
                 self._unresolved.add(link)
             self._settle(link)
 
@@ -206,6 +210,9 @@ class Sender:
                 self._moved = (sent_bytes, now_ns)
             elif now_ns > self._moved[1] + self._drain_ns:
                 self._stop(now_ns)
+        if self._give_up_ns is None and self._unfinished and all(link.all_sent for link in self._unfinished):
+            # nothing is missing but acknowledgements
+            self._stop_ns, self._give_up_ns = None, now_ns + self._close_ns
 
     def _obey(self, messages: list[Message] | None) -> None:
         if messages is None:
@@ -236,7 +243,8 @@ class Sender:
 
     def _stop(self, now_ns: int) -> None:
         """Let each link complete its packet, and no more."""
-        self._stop_ns, self._give_up_ns = None, now_ns + self._drain_ns
+        patience_ns = self._close_ns if self.scenario.protocol == "mps" else self._drain_ns
+        self._stop_ns, self._give_up_ns = None, now_ns + patience_ns
         for link in self.links:
             link.stop(now_ns)
             self._settle(link)
@@ -265,6 +273,7 @@ class Sender:
             "at_ns": time.monotonic_ns(),
             "packets": sum(link.packets for link in links),
             "bytes": sum(link.sent_bytes for link in links),
+            "acked": sum(link.acked for link in links),
             "connected": sum(link.state is LinkState.OPEN for link in links),
             "ever_connected": sum(bool(link.records) for link in links),
             "errors": sum(link.errors for link in links),
@@ -272,15 +281,17 @@ class Sender:
         }
 
     def _result(self) -> dict[str, Any]:
-        lateness, connect = Histogram(), Histogram()
+        lateness, connect, acknowledging = Histogram(), Histogram(), Histogram()
         for link in self.links:
             lateness.merge(link.lateness)
             connect.merge(link.connect)
+            acknowledging.merge(link.acknowledging)
         user_s, system_s = cpu_times_s()
         return {
             "clients": [dataclasses.asdict(link.result()) for link in self.links],
             "lateness": lateness.to_json(),
             "connect": connect.to_json(),
+            "acknowledging": acknowledging.to_json(),
             "cpu_user_s": user_s,
             "cpu_system_s": system_s,
         }

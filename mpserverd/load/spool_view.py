@@ -21,7 +21,7 @@ READ_BYTES = 1 << 20
 @dataclass(frozen=True)
 class StoredStream:
     """Sizes are bytes. ``end_offset`` counts holes too, ``stored_bytes`` does not; ``complete``: no more will come.
-    ``packet_size`` is None where only the files are known."""
+    ``packet_size`` and ``epoch`` are None where only the files are known."""
 
     name: str
     first_offset: int
@@ -29,6 +29,7 @@ class StoredStream:
     stored_bytes: int
     complete: bool
     packet_size: int | None = None
+    epoch: str | None = None
 
 
 class SpoolView(Protocol):
@@ -54,6 +55,7 @@ class CatalogView:
                 stored_bytes=info.durable_bytes,
                 complete=not info.connected,
                 packet_size=info.packet_size,
+                epoch=info.epoch,
             )
             for info in list_streams(self.spool)
         ]

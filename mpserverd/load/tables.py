@@ -60,6 +60,8 @@ def total_lines(report: Mapping[str, Any]) -> list[str]:
             f"daemon      {told['received_bytes']:,} bytes received, {told['stored_bytes']:,} stored, "
             f"{told['dropped_bytes']:,} dropped" + _unstored(told["unstored_bytes"])
         )
+    if report["packets_acked"] is not None:
+        lines += _ack_lines(report)
     if report["latency_ms"] is not None:
         lines.append(f"latency     {_figures(report['latency_ms'])} (scheduled to received, the worst client each)")
     if report["verify"] is not None:
@@ -79,6 +81,16 @@ def total_lines(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _ack_lines(report: Mapping[str, Any]) -> list[str]:
+    again = f", {report['packets_resent']:,} sent again" if report["packets_resent"] else ""
+    gone = f", {report['packets_withdrawn']:,} WITHDRAWN" if report["packets_withdrawn"] else ""
+    rate = "" if report["acked_rate"] is None else f", {report['acked_rate']:,.1f} packets/s"
+    return [
+        f"acked       {report['packets_acked']:,} packets {report['level'] or ''}{rate}{again}{gone}",
+        f"until ack   {_figures(report['ack_latency_ms'])} (scheduled to acknowledged)",
+    ]
+
+
 def _bytes_per_s(report: Mapping[str, Any]) -> float:
     return float(report["rate"] * report["packet_size"])
 
@@ -90,7 +102,8 @@ def _figures(figures: Mapping[str, float] | None) -> str:
 def _success(report: Mapping[str, Any]) -> str:
     """What was stored is success; where nobody looked, what the other kernel took is all that can be said."""
     if report["success_rate"] is not None:
-        return f"success     {100 * report['success_rate']:.4f} % stored"
+        word = "acknowledged" if report["packets_acked"] is not None and report["verify"] is None else "stored"
+        return f"success     {100 * report['success_rate']:.4f} % {word}"
     return f"delivered   {report['packets_delivered']:,} packets to the server's kernel; what was stored is not known"
 
 

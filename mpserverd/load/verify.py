@@ -141,7 +141,7 @@ def _compare(
         (result.notes if broken else result.mismatches).append(line)
         return
     result.stored_packets += min(stream.stored_bytes, one.whole_bytes) // expected.size
-    if not broken and stream.stored_bytes == one.whole_bytes and _sha256(view, stream) == one.record.sha256:
+    if not broken and stream.stored_bytes == one.whole_bytes and stream_sha256(view, stream) == one.record.sha256:
         return
     if broken and stream.stored_bytes <= one.whole_bytes:
         difference = expected.first_difference(one.client, one.record.first_index, view.read(stream))
@@ -172,7 +172,8 @@ def _explain(view: SpoolView, one: Sent, stream: StoredStream, expected: Expecte
     return f"{text}, and the hashes differ in times only; these cannot be made again for a flat-out run"
 
 
-def _sha256(view: SpoolView, stream: StoredStream) -> str:
+def stream_sha256(view: SpoolView, stream: StoredStream) -> str:
+    """Hex digest of its stored bytes."""
     digest = hashlib.sha256()
     for piece in view.read(stream):
         digest.update(piece)
