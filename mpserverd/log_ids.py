@@ -71,7 +71,7 @@ class MessageId(enum.Enum):
     """A file that failed was set aside under another name and is not written again."""
     SPOOL_DAMAGED = "6b0ed356638342c1972025dda5953d7e"
     """Files and catalog do not agree."""
-    STREAMS_CUT = "c1c6ab0e8e2f4b62a7f0f6b5d3f4a9e2"
+    STREAMS_CUT = "d89d0cc339e146d79061d9eb7288b5d7"
     """All processes died at once: streams end at their durable offset."""
     SEGMENTS_RETIRED = "a1d12402410d4517aebc0b79f3ca9b59"
     """Retention removed segments."""

@@ -113,10 +113,7 @@ class Catalog:
                 self._connection.close()
                 raise
         except sqlite3.Error as error:
-            raise StartError(
-                f"cannot open the catalog {self.path}: {error}; check the permissions of [spool] path, "
-                "or move the file away and repair the spool"
-            ) from error
+            raise StartError(f"cannot open the catalog {self.path}: {error}; {todo(error)}") from error
 
     def _prepare(self, durable: bool) -> None:
         run = self._connection.execute
@@ -320,6 +317,19 @@ class Catalog:
             "INSERT INTO total VALUES (?, ?) ON CONFLICT(name) DO UPDATE SET value = value + excluded.value", totals
         )
 
+    # -- how the daemon lives
+
+    def meta(self) -> dict[str, str]:
+        return {str(key): str(value) for key, value in self._connection.execute("SELECT key, value FROM meta")}
+
+    def set_meta(self, pairs: Iterable[tuple[str, str]]) -> None:
+        self._connection.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", pairs)
+
+    def first_fault(self) -> str:
+        """What SQLite finds wrong with the file; "" for nothing. It reads all of it."""
+        found = str(self._connection.execute("PRAGMA quick_check(1)").fetchone()[0])
+        return "" if found == "ok" else found
+
     def release(self, number: int) -> None:
         self._connection.execute("INSERT INTO released VALUES (?)", (number,))
 
@@ -328,6 +338,13 @@ class Catalog:
 
     def forget_released(self, numbers: Iterable[int]) -> None:
         self._connection.executemany("DELETE FROM released WHERE number = ?", [(number,) for number in numbers])
+
+
+def todo(error: sqlite3.Error) -> str:
+    """The next step after an error of the start."""
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return "stop the daemon and run mpserverctl repair, which sets it aside and makes it anew from the segments"
+    return "check the permissions of [spool] path and the disk"
 
 
 def _record(found: Sequence[object]) -> StreamRecord:

@@ -15,6 +15,7 @@ from mpserverd.storer.catalog import Catalog
 from mpserverd.storer.live import STREAMS_DIRECTORY, Counters, Desk, OpenFiles
 from mpserverd.storer.segment_file import DIRECTORY_MODE
 from mpserverd.storer.space import Space
+from mpserverd.storer.trust import require_catalog
 
 OTHER_DESCRIPTORS = 256
 """Shared memory, channel, doorbells, catalog, index files and directories that are open for a moment."""
@@ -26,6 +27,7 @@ def open_desk(launch: Launch, state: StateTable, arena: Arena) -> Desk:
     _make_directories(spool.path)
     streams = os.path.join(spool.path, STREAMS_DIRECTORY)  # it may be on another disk than the catalog
     space = Space(streams, spool.min_free_bytes, ballast_in=spool.path)
+    require_catalog(spool.path, streams)
     catalog = Catalog(spool.path, durable=spool.sync is Sync.DURABLE)
     found = filesystem.probe(streams)
     counters = Counters(state, launch.slot)

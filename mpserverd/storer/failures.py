@@ -62,8 +62,11 @@ class Failures:
         return good
 
     def put_back(self, works: Sequence[Work]) -> None:
-        """Nothing of these was committed: they find their new files again, by name."""
+        """Nothing of these was committed: they find their new files again, by name. The pair that was added to a time
+        index is cut before another one is: never are two ahead of the catalog, by which repair knows a stale one."""
         for work in works:
+            for file in work.touched:
+                file.index_mended = False
             for file in work.begun:
                 self._desk.files.close(file)
 
@@ -147,6 +150,7 @@ class Failures:
     def _set_aside(self, stream: LiveStream, file: SegmentFile, durable: int) -> None:
         desk = self._desk
         desk.files.close(file)
+        file.mend_index(durable)
         if file is stream.segment:
             stream.segment = None
         path = file.path

@@ -43,6 +43,8 @@ class LiveStream:
     catalog_id: int = 0
     directory: str = ""
     directory_synced: bool = False
+    identity: bytes = b""
+    """What its directory shall say about it, as long as that may have to be written."""
     segment: SegmentFile | None = None
     early: SegmentFile | None = None
     """The next segment, made before it is needed."""

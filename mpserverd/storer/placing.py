@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from mpserverd.arena.state import Str
 from mpserverd.log import MessageId
-from mpserverd.storer import plan
+from mpserverd.storer import plan, sidecar
 from mpserverd.storer.live import Desk, LiveStream
 from mpserverd.storer.plan import Extent, Hole
 from mpserverd.storer.segment_file import DIRECTORY_MODE, SegmentFile, rename_aside
@@ -40,6 +40,8 @@ class Work:
     begun: list[SegmentFile] = dataclasses.field(default_factory=list)
     closed: list[SegmentFile] = dataclasses.field(default_factory=list)
     touched: list[SegmentFile] = dataclasses.field(default_factory=list)
+    notes: list[int] = dataclasses.field(default_factory=list)
+    """Descriptors of what was noted beside the segments, to be synced and closed."""
     segment: SegmentFile | None = None
     error: OSError | None = None
     bad: Sequence[SegmentFile] = ()
@@ -118,6 +120,10 @@ class Placing:
         work.touched.append(file)
         for first, end, _ in work.holes:
             file.make_zero(first, end)
+        if work.holes:
+            note = sidecar.note_holes(file.directory, (file.first, file.limit), work.holes, work.durable)
+            if note >= 0:
+                work.notes.append(note)
 
     def _begin(self, work: Work, at: int) -> SegmentFile:
         stream = work.stream
@@ -169,6 +175,8 @@ class Placing:
                 os.mkdir(stream.directory, DIRECTORY_MODE)
             except FileExistsError:
                 self._replace_a_file(stream)
+            if stream.identity:
+                sidecar.put(stream.directory, stream.identity)
         if stream.in_the_way:
             rename_aside(stream.in_the_way)
             stream.in_the_way = ""

@@ -8,24 +8,32 @@ read, renamed or removed is named, and the start goes on: one stream's files are
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
 from collections.abc import Mapping
 
 from mpserverd.arena.state import Str, StreamFlag
+from mpserverd.config.schema import Sync
+from mpserverd.errors import StartError
 from mpserverd.log import MessageId
 from mpserverd.log_text import RateLimiter
+from mpserverd.storer import sidecar
 from mpserverd.storer.accounts import GoneBlock
 from mpserverd.storer.advice import advice
 from mpserverd.storer.catalog import StreamRecord
+from mpserverd.storer.cutting import CUT_TOTAL, Cutting
+from mpserverd.storer.last_life import BOOT_KEY, CLOSED_KEY, SYNC_KEY, LastLife, boot_id, judge
 from mpserverd.storer.live import Desk, LiveStream
 from mpserverd.storer.opening import Opening
 from mpserverd.storer.segment_file import rename_aside
+from mpserverd.storer.trust import NEXT_STEP, require_current
+from mpserverd.streams.sidecar import IDENTITY_FILE
 
 logger = logging.getLogger(__name__)
 
-_SUFFIXES = (".seg", ".idx")
+_SUFFIXES = (".seg", ".idx", ".holes")
 
 
 class Recovery:
@@ -38,13 +46,32 @@ class Recovery:
         self._limiter = RateLimiter(60.0, 50)
 
     def run(self) -> None:
-        self._desk.resting_bytes = self._desk.catalog.segment_bytes()
-        records = {record.id: record for record in self._desk.catalog.streams()}
-        firsts = self._desk.catalog.segment_firsts()
+        """Raises StartError, before anything is changed, when the catalog is not to be believed."""
+        desk, catalog = self._desk, self._desk.catalog
+        meta, boot = catalog.meta(), boot_id()
+        life = judge(meta, boot)
+        self._require_whole(life)
+        desk.resting_bytes = catalog.segment_bytes()
+        records = {record.id: record for record in catalog.streams()}
+        firsts = catalog.segment_firsts()
+        if Sync.NONE.value not in (desk.spool.sync.value, meta.get(SYNC_KEY)):  # else a power cut takes commits, too
+            require_current(desk, records, firsts)
         live = self._adopt(records)
+        adrift = [r for r in records.values() if r.id not in live and r.connected]
+        Cutting(desk).run(adrift, firsts, life)
         records = self._tidy(records, firsts, live)
         self._look_at_files(records, firsts, live)
-        self._gone.compute(self._desk.catalog, live, self._released_rows())
+        with catalog.transaction():
+            catalog.set_meta([(BOOT_KEY, boot), (CLOSED_KEY, "0"), (SYNC_KEY, desk.spool.sync.value)])
+        desk.counters.set("cut_bytes", catalog.totals().get(CUT_TOTAL, 0))
+        self._gone.compute(catalog, live, self._released_rows())
+
+    def _require_whole(self, life: LastLife) -> None:
+        """A damaged page would show only when it is read, perhaps in the middle of a commit."""
+        if life is not LastLife.STOPPED:
+            fault = self._desk.catalog.first_fault()
+            if fault:
+                raise StartError(f"the catalog {self._desk.catalog.path} is damaged ({fault}); {NEXT_STEP}")
 
     # -- rows
 
@@ -89,6 +116,8 @@ class Recovery:
         words[base + Str.RETIRED] = record.retired
         if not self._opening.attach(stream, record):
             self._go_on_beside(stream, record)
+        elif stream.segment is not None:
+            stream.segment.mend_index(record.durable)  # never are two pairs ahead, in whichever files
 
     def _go_on_beside(self, stream: LiveStream, record: StreamRecord) -> None:
         """A live stream lost a file: what comes now goes to a fresh segment, the old ones stay as they are."""
@@ -148,6 +177,7 @@ class Recovery:
 
     def _look_into(self, path: str, record: StreamRecord, expected: set[int], *, is_live: bool) -> None:
         missing = set(expected)
+        identified = False
         try:
             names = os.listdir(path)
         except OSError as error:
@@ -158,7 +188,9 @@ class Recovery:
         for name in names:
             stem, suffix = os.path.splitext(name)
             first = int(stem) if suffix in (*_SUFFIXES, ".new") and stem.isdecimal() else -1
-            if first in expected and suffix in _SUFFIXES:
+            if name == IDENTITY_FILE:
+                identified = True
+            elif first in expected and suffix in _SUFFIXES:
                 if suffix == ".seg":
                     missing.discard(first)
             elif suffix == ".aside" or (is_live and suffix in _SUFFIXES and first >= record.durable):
@@ -169,6 +201,9 @@ class Recovery:
                 self._set_aside("file unknown to the catalog set aside", os.path.join(path, name))
         for first in sorted(missing):
             self._say("segment is missing", stream=record.name, epoch=record.epoch, first=first)
+        if not identified:
+            with contextlib.suppress(OSError):  # of an older version; without it repair knows less, and says so
+                sidecar.put(path, sidecar.identity_of(record))
 
     def _remove(self, path: str) -> None:
         try:

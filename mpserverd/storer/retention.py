@@ -8,6 +8,7 @@ stay.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -23,6 +24,7 @@ from mpserverd.storer.failures import Failures
 from mpserverd.storer.live import Desk, LiveStream
 from mpserverd.storer.plan import overlap
 from mpserverd.storer.segment_file import index_name, segment_name
+from mpserverd.streams.sidecar import IDENTITY_FILE, holes_name
 
 logger = logging.getLogger(__name__)
 
@@ -188,6 +190,8 @@ class Retention:
             record = dataclasses.replace(record, retired=record.retired + entry.bytes)
             catalog.add_totals(named_totals(totals_of_record(record)))
             catalog.remove_stream(record.id)
+            with contextlib.suppress(OSError):  # so that a directory with an identity and without a row is never this
+                os.unlink(os.path.join(self._desk.path_of(record.directory), IDENTITY_FILE))
 
     def _publish(self, entry: _Gone, stream: LiveStream | None) -> None:
         words = self._desk.state.words
@@ -206,6 +210,8 @@ class Retention:
             size += (segment.end or 0) - segment.first
             desk.to_unlink.append(os.path.join(path, segment_name(segment.first)))
             desk.to_unlink.append(os.path.join(path, index_name(segment.first)))
+            if entry.record.stored_holes:
+                desk.to_unlink.append(os.path.join(path, holes_name(segment.first)))
         if entry.whole:
             desk.to_unlink.append(os.path.join(path, ""))  # so that it is removed only if it is a directory
         desk.resting_bytes -= size

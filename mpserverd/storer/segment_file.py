@@ -161,6 +161,17 @@ class SegmentFile:
             raise
         return descriptor
 
+    def mend_index(self, durable: int) -> None:
+        """Cut what was added to the time index ahead of a commit that never came. It is no promise: errors pass."""
+        with contextlib.suppress(OSError):
+            path = os.path.join(self.directory, index_name(self.first))
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                mend_index(descriptor, durable)
+                self.index_mended = True
+            finally:
+                os.close(descriptor)
+
     def remove(self) -> None:
         """Unlink a file in which nothing was ever acknowledged."""
         self.close()

@@ -13,9 +13,11 @@ from mpserverd.config.schema import Sync
 from mpserverd.errors import StartError
 from mpserverd.storer.accounts import GoneBlock
 from mpserverd.storer.background import Background
+from mpserverd.storer.catalog import todo
 from mpserverd.storer.cycle import Cycle
 from mpserverd.storer.early import Early
 from mpserverd.storer.failures import Failures
+from mpserverd.storer.last_life import CLOSED_KEY
 from mpserverd.storer.leaving import Leaving
 from mpserverd.storer.live import Desk
 from mpserverd.storer.opening import Opening
@@ -53,7 +55,7 @@ class Store:
         try:
             Recovery(self._desk, self._opening, self._gone).run()
         except sqlite3.Error as error:
-            raise StartError(f"cannot use the catalog {self._desk.catalog.path}: {error}") from error
+            raise StartError(f"cannot use the catalog {self._desk.catalog.path}: {error}; {todo(error)}") from error
         self._desk.space.make_ballast()
 
     def open_streams(self) -> int:
@@ -82,6 +84,8 @@ class Store:
             streams = [stream for stream in self._desk.streams.values() if stream.catalog_id]
             self._leaving.put_away(streams)
             self._leaving.forget_released()
+            with self._desk.catalog.transaction():
+                self._desk.catalog.set_meta([(CLOSED_KEY, "1")])
         except sqlite3.Error as error:
             self.failures.catalog_failed(error)
             return False

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 
-from mpserverd.storer import filesystem
+from mpserverd.storer import filesystem, sidecar
 from mpserverd.storer.filesystem import WholeSync
 from mpserverd.storer.live import Desk
 from mpserverd.storer.placing import Work
@@ -40,7 +40,7 @@ class Syncing:
             if self._wanted:
                 self._sync([work for work in works if work.error is None and work.touched], indexes)
         finally:
-            for descriptor in indexes:
+            for descriptor in [*indexes, *(note for work in works for note in work.notes)]:
                 os.close(descriptor)
         for work in works:
             if work.error is None and work.touched:
@@ -80,6 +80,12 @@ class Syncing:
                     os.fdatasync(file.fd)
                 except OSError as error:
                     work.fail_sync(error, file)
+            for descriptor in work.notes:
+                syncs += 1
+                try:
+                    os.fdatasync(descriptor)
+                except OSError as error:
+                    work.fail_sync(error)
         for descriptor in indexes:
             syncs += 1
             _sync_quietly(descriptor)
@@ -92,6 +98,8 @@ class Syncing:
             if work.error is not None or not work.begun:
                 continue
             try:
+                if not work.stream.directory_synced and work.stream.identity:
+                    sidecar.sync(work.stream.directory)
                 filesystem.sync_directory(work.stream.directory)
                 if not work.stream.directory_synced and not parent_synced:
                     filesystem.sync_directory(self._desk.streams_path)

@@ -37,6 +37,7 @@ from mpserverd.config.words import Sync
 from mpserverd.storer.desk import open_desk
 from mpserverd.storer.sampling import sample_streams
 from mpserverd.storer.store import Store
+from mpserverd.streams.sidecar import IDENTITY_FILE
 
 CHUNK = 4096
 LEASE = 7
@@ -251,8 +252,10 @@ class Tables:
         assert hashlib.sha256(found).digest() == hashlib.sha256(wanted).digest(), first_difference(found, wanted)
 
     def files(self, pattern: str = "**/*") -> list[str]:
+        """All but what directories say about themselves."""
         root = self.spool / "streams"
-        return sorted(str(path.relative_to(root)) for path in root.glob(pattern) if path.is_file())
+        found = (path for path in root.glob(pattern) if path.is_file() and path.name != IDENTITY_FILE)
+        return sorted(str(path.relative_to(root)) for path in found)
 
     def gone(self, word: int) -> int:
         assert self.state.words[Head.GONE_VERSION] % 2 == 0

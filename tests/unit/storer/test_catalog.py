@@ -43,7 +43,7 @@ def test_a_strangers_database_is_refused_and_stays_as_it_is(tmp_path: pathlib.Pa
 def test_a_file_that_is_no_database_is_refused_and_stays_as_it_is(tmp_path: pathlib.Path) -> None:
     path = tmp_path / CATALOG_FILE
     path.write_bytes(b"a shopping list" * 100)
-    with pytest.raises(StartError, match="move the file away"):
+    with pytest.raises(StartError, match="run mpserverctl repair"):
         Catalog(str(tmp_path), durable=True)
     assert path.read_bytes() == b"a shopping list" * 100
 
