@@ -20,7 +20,7 @@ from mpserverd.limits import STREAM_NAME_BYTES_MAX
 from mpserverd.protocol.mps import Bye, ByeReason, ErrorCode, Hello, HelloError, Refusal
 from mpserverd.supervisor.connection import Connection, Farewell, is_ending
 from mpserverd.supervisor.core import Core
-from mpserverd.supervisor.hello import Asked, Found, Rivals, asked, judge
+from mpserverd.supervisor.hello import GOES_ON, Asked, Found, Rivals, asked, judge
 from mpserverd.supervisor.naming import peer_stream_name
 from mpserverd.supervisor.stream_rows import StreamRows
 
@@ -78,7 +78,7 @@ class Finding:
     def _find_named(self, connection: Connection, name: str) -> None:
         row = self._streams.named(name)
         if row is None:
-            self._open(connection, name, Asked(), self._listener_of(connection).packet_size, StreamFlag(0))
+            self._open(connection, name, GOES_ON, self._listener_of(connection).packet_size, StreamFlag(0))
         elif self._streams.user(row) is not None:
             self._find_place_beside(connection, row)
         elif self._streams.state_of(row) is StreamState.OPEN:

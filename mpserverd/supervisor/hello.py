@@ -35,6 +35,10 @@ class Asked:
     new_epoch: bool = False
 
 
+GOES_ON = Asked()
+"""Whatever is there, or a fresh stream."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Found:
     """The stream that the storer has opened; ``position`` is its durable end in bytes."""

@@ -14,7 +14,7 @@ import time
 import numpy as np
 
 from mpserverd.arena.state import StateTable, Str, StreamFlag, StreamState
-from mpserverd.supervisor.hello import Asked
+from mpserverd.supervisor.hello import GOES_ON, Asked
 
 NO_CONNECTION = (1 << 64) - 1
 """In a stream's CONNECTION word: nobody feeds it."""
@@ -75,7 +75,7 @@ class StreamRows:
         return row
 
     def begin_opening(
-        self, name: str, listener: int, packet_size: int, flags: StreamFlag, client_index: int, wish: Asked
+        self, name: str, listener: int, packet_size: int, flags: StreamFlag, client_index: int, wish: Asked = GOES_ON
     ) -> int | None:
         """Ask the storer for the stream of that name; the caller rings it. None when no row is free.
 

@@ -70,8 +70,23 @@ def test_sections_that_would_do_nothing_are_refused(section: str) -> None:
     assert "unknown section" in only_fault(f"[{section}]\n")
 
 
-def test_mps_is_refused_by_name() -> None:
-    assert "this version speaks raw only" in only_fault('[[listener]]\nprotocol = "mps"')
+def test_mps_waits_for_a_place_in_memory_by_default_and_may_leave_the_size_to_clients() -> None:
+    (listener,) = loads('[[listener]]\nprotocol = "mps"\npacket_size = 0').listeners
+    assert (listener.protocol, listener.on_full, listener.packet_size) == ("mps", "block", 0)
+
+
+def test_mps_never_drops_what_it_has_promised_to_keep() -> None:
+    fault = only_fault('[[listener]]\nprotocol = "mps"\non_full = "drop-oldest"')
+    assert 'listener.0.on_full = "drop-oldest": mps promises to lose nothing; write "block", or use raw' in fault
+
+
+def test_mps_stores_what_it_acknowledges() -> None:
+    fault = only_fault('[[listener]]\nprotocol = "mps"\nstore = false')
+    assert "listener.0.store = false: mps acknowledges what is stored; write true, or use raw" in fault
+
+
+def test_raw_has_a_packet_size() -> None:
+    assert "raw has no hello that says it" in only_fault("[[listener]]\npacket_size = 0")
 
 
 def test_listener_with_single_brackets_says_what_to_write() -> None:
