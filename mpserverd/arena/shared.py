@@ -95,5 +95,13 @@ class SharedWords:
         return fd
 
 
+def header_of(fd: int, magic: int, what: str) -> int:
+    """The layout's version, which stands in the same place in all layouts. Raises LayoutError."""
+    words = np.frombuffer(os.pread(fd, GEOMETRY_WORD * WORD_BYTES, 0), dtype=np.uint64).tolist()
+    if len(words) < GEOMETRY_WORD or words[MAGIC_WORD] != magic:
+        raise LayoutError(f"{what}: no such memory")
+    return int(words[VERSION_WORD])
+
+
 def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple

@@ -13,8 +13,8 @@ import fcntl
 import os
 import signal
 import time
+from collections.abc import Iterable, Iterator
 
-from mpserverd.arena.state import SUPERVISOR_SLOT, Slot, StateTable
 from mpserverd.errors import StartError
 
 WAIT_S = 20.0
@@ -22,9 +22,9 @@ WAIT_S = 20.0
 _LOOK_AGAIN_S = 0.002
 
 
-def lock(state: StateTable) -> int:
+def lock(state_fd: int) -> int:
     """A descriptor that holds the lock, for the supervisor and its workers. Raises StartError after WAIT_S."""
-    fd = os.open(f"/proc/self/fd/{state.fd}", os.O_RDWR | os.O_CLOEXEC)
+    fd = os.open(f"/proc/self/fd/{state_fd}", os.O_RDWR | os.O_CLOEXEC)
     deadline_s = time.monotonic() + WAIT_S
     while True:
         try:
@@ -39,17 +39,17 @@ def lock(state: StateTable) -> int:
             time.sleep(_LOOK_AGAIN_S)
 
 
-def kill_leftovers(state: StateTable) -> list[int]:
+def kill_leftovers(pids: Iterable[int], state_fd: int) -> list[int]:
     """SIGKILL whatever child of the last supervisor still lives (their parent's death should have). Returns the pids.
 
     A pid may be another program's by now: only one that has this very table open is ours.
     """
     killed = []
-    for pid in {int(pid) for pid in state.slots[SUPERVISOR_SLOT + 1 :, Slot.PID]} - {0, os.getpid()}:
+    for pid in set(pids) - {0, os.getpid()}:
         with contextlib.suppress(OSError):
             pidfd = os.pidfd_open(pid)
             try:
-                if _has_open(pid, state.fd):
+                if _has_open(pid, state_fd):
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                     killed.append(pid)
             finally:
@@ -57,11 +57,46 @@ def kill_leftovers(state: StateTable) -> list[int]:
     return sorted(killed)
 
 
+def wait_until_still(pids: Iterable[int], state_fd: int, wait_s: float) -> list[int]:
+    """Wait until none of these killed processes runs a step of its own program any more. Returns those that may.
+
+    Dead ones do not, nor do threads that sleep uninterruptibly in the kernel: with SIGKILL pending they never come back
+    from there to their program. What a system call had begun is finished from the memory that it was given.
+    """
+    deadline_s = time.monotonic() + wait_s
+    while (moving := [pid for pid in pids if _has_open(pid, state_fd) and not _is_still(pid)]) != []:
+        if time.monotonic() > deadline_s:
+            break
+        time.sleep(_LOOK_AGAIN_S)
+    return moving
+
+
+def _is_still(pid: int) -> bool:
+    return all(state in "DZX" for state in _thread_states(pid))
+
+
+def _thread_states(pid: int) -> Iterator[str]:
+    for thread in _threads(pid):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/stat", encoding="ascii") as file:
+            yield file.read().rpartition(") ")[2][:1]
+
+
+def _threads(pid: int) -> list[str]:
+    try:
+        return os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return []
+
+
 def _has_open(pid: int, fd: int) -> bool:
+    """Asked of each thread: when the first one has ended, its list of files is empty, while others still write."""
     wanted = os.fstat(fd)
-    for name in os.listdir(f"/proc/{pid}/fd"):
+    for thread in _threads(pid):
+        path = f"/proc/{pid}/task/{thread}/fd"
         with contextlib.suppress(OSError):
-            found = os.stat(f"/proc/{pid}/fd/{name}")
-            if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
-                return True
+            for name in os.listdir(path):
+                with contextlib.suppress(OSError):
+                    found = os.stat(f"{path}/{name}")
+                    if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
+                        return True
     return False

@@ -1,6 +1,6 @@
 """Keeps everything that must outlive the supervisor in systemd's descriptor store, while it runs.
 
-Names in the store: ``state``, ``chunks``, ``arena``, ``facts``, ``listener-<name>``, and the two ends of a carrier,
+Names in the store: the memory's (stored_memory.py), ``listener-<name>``, and the two ends of a carrier,
 ``carrier-<n>-in`` and ``carrier-<n>-out``.
 
 Rules: a connection goes into the carrier as soon as it is admitted, then gets its row, then a worker; so one that is
@@ -31,7 +31,6 @@ ENDED_AGE_TICKS = 60
 FLUSH_AGAIN_S = 0.01
 ANSWER_S = 2.0
 """So long newcomers wait for a store that does not answer; then they are served without."""
-MEMORY_NAMES = ("state", "chunks", "arena", "facts")
 LISTENER_PREFIX = "listener-"
 
 Live = Callable[[], Iterable[tuple[int, int]]]
@@ -67,7 +66,7 @@ class Keeping:
         self._flushing = False
         self._listeners: dict[str, int] = {}
         """Inode of the socket that is stored for each listener."""
-        self._memory_kept = False
+        self._memory_names: list[str] = []
 
     @property
     def present(self) -> bool:
@@ -79,7 +78,7 @@ class Keeping:
     def keep_memory(self, fds: dict[str, int]) -> None:
         for name, fd in fds.items():
             self._store.push(name, [fd])
-        self._memory_kept = True
+        self._memory_names = list(fds)
         self._flush()
 
     def keep_listeners(self, fds: dict[str, int]) -> None:
@@ -211,10 +210,9 @@ class Keeping:
     def forget_all(self) -> None:
         """The daemon stops for good: nothing is to wait for a successor."""
         self.keep_listeners({})
-        if self._memory_kept:
-            for name in MEMORY_NAMES:
-                self._store.remove(name)
-            self._memory_kept = False
+        for name in self._memory_names:
+            self._store.remove(name)
+        self._memory_names = []
         for number, _ in self._carriers:
             for name in carrier_names(number):
                 self._store.remove(name)

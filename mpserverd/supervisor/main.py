@@ -7,7 +7,6 @@ module: children, connections, accepting, leases, stats_tick, commands, reload, 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import os
@@ -17,43 +16,35 @@ import time
 from collections.abc import Callable, Mapping
 
 from mpserverd import log
-from mpserverd.arena.chunks import Arena
 from mpserverd.arena.counters import Role
-from mpserverd.arena.state import SUPERVISOR_SLOT, Head, Phase, Slot, StateTable
+from mpserverd.arena.state import SUPERVISOR_SLOT, Head, Slot
 from mpserverd.config.schema import Config
 from mpserverd.errors import StartError
-from mpserverd.limits import CHUNKS_PER_CONNECTION
 from mpserverd.net import tcp_info
 from mpserverd.net.channel import Kind, Message
-from mpserverd.net.fdlimit import raise_descriptor_limit
 from mpserverd.supervisor.accepting import Accepting
 from mpserverd.supervisor.children import Child, Children
 from mpserverd.supervisor.commands import Commands
 from mpserverd.supervisor.connections import Connections
-from mpserverd.supervisor.connections_lock import kill_leftovers, lock
+from mpserverd.supervisor.connections_lock import lock
 from mpserverd.supervisor.control_server import ControlServer, open_control_socket
-from mpserverd.supervisor.core import SLOTS, Core, Doorbells, hush
-from mpserverd.supervisor.events import EventRing
+from mpserverd.supervisor.core import hush
 from mpserverd.supervisor.fd_store import FdStore, inherited
 from mpserverd.supervisor.keeping import Keeping
 from mpserverd.supervisor.leases import Leases
-from mpserverd.supervisor.loop import READ, Loop
+from mpserverd.supervisor.loop import READ
+from mpserverd.supervisor.making_core import make_core, take_memory
 from mpserverd.supervisor.rebalancing import Rebalancing
 from mpserverd.supervisor.reload import Reload
-from mpserverd.supervisor.remembered import Remembered, known_listeners, listener_facts
-from mpserverd.supervisor.resources import (
-    SPARE_CONNECTION_ROWS,
-    SPARE_STREAM_ROWS,
-    STREAM_ROWS_PER_CLIENT,
-    check_memory,
-    fit_clients,
-)
+from mpserverd.supervisor.remembered import Remembered, listener_facts
 from mpserverd.supervisor.spawn import Program
-from mpserverd.supervisor.spool_lock import is_locked_now, lock_holders, open_spool, try_lock_spool
+from mpserverd.supervisor.spool_lock import try_lock_spool
 from mpserverd.supervisor.states import ChildState
 from mpserverd.supervisor.stats_tick import StatsTick
 from mpserverd.supervisor.stopping import Stop, StopPhase
-from mpserverd.supervisor.takeover import Memory, Unloading, clear_slots, free_leases, look_through
+from mpserverd.supervisor.stored_memory import FACTS, memory_names
+from mpserverd.supervisor.takeover import look_through
+from mpserverd.supervisor.taking_up import TakingUp
 from mpserverd.supervisor.totals import read_totals
 from mpserverd.systemd import Notifier
 
@@ -69,7 +60,6 @@ START_DEATHS_MAX = 3
 """A worker that dies so often before it is ready will not start; nor will the daemon."""
 READY_TIMEOUT_S = 60.0
 LEFTOVER_S = 2.0
-SPOOL_AGAIN_S = 0.05
 KEEP_S = 2.0
 """So long a supervisor that leaves waits until systemd has taken the last descriptors."""
 FLUSH_AGAIN_S = 0.01
@@ -99,76 +89,16 @@ def run(
             raise
 
 
-def make_core(config: Config, memory: Memory | None = None) -> Core:
-    """Check the limits and take the memory, unless an earlier supervisor left some. Raises StartError."""
-    fit = fit_clients(config, raise_descriptor_limit())
-    if fit.why:
-        log.event(
-            logger,
-            logging.WARNING,
-            "max_clients lowered",
-            message_id=log.MessageId.LIMIT_LOWERED,
-            max_clients=fit.max_clients,
-            why=fit.why,
-        )
-    if memory is None:
-        check_memory(config)
-        state = StateTable.create(
-            connections=fit.max_clients + SPARE_CONNECTION_ROWS,
-            streams=STREAM_ROWS_PER_CLIENT * fit.max_clients + SPARE_STREAM_ROWS,
-            slots=SLOTS,
-        )
-        arena = Arena.create(size_bytes=config.buffers.bytes, chunk_bytes=config.buffers.chunk_bytes)
-        clients_max = fit.max_clients
-    else:
-        state, arena = memory.state, memory.arena
-        clients_max = min(state.connection_count - SPARE_CONNECTION_ROWS, arena.count // CHUNKS_PER_CONNECTION)
-        _tell_kept_geometry(config, arena, clients_max)
-    state.words[Head.STARTED_UNIX_NS] = time.time_ns()
-    state.words[Head.STARTED_MONO_NS] = time.monotonic_ns()
-    state.words[Head.PHASE] = Phase.STARTING
-    return Core(
-        loop=Loop(),
-        state=state,
-        arena=arena,
-        bells=Doorbells.create(),
-        events=EventRing(),
-        config=config,
-        max_clients=min(fit.max_clients, clients_max),
-        clients_max=clients_max,
-    )
-
-
-def _tell_kept_geometry(config: Config, arena: Arena, clients_max: int) -> None:
-    """Live memory keeps its size; a stop and a start change it."""
-    chunk_bytes, buffers = config.buffers.chunk_bytes, config.buffers
-    differing = {
-        "buffers.bytes": arena.count != buffers.bytes // chunk_bytes and arena.chunk_bytes == chunk_bytes,
-        "buffers.chunk_bytes": arena.chunk_bytes != chunk_bytes,
-        "server.max_clients": config.server.max_clients > clients_max,
-    }
-    for key in [key for key, differs in differing.items() if differs]:
-        log.event(
-            logger,
-            logging.WARNING,
-            "needs a stop and a start",
-            message_id=log.MessageId.SETTING_NEEDS_RESTART,
-            key=key,
-            why="the memory of the earlier run goes on",
-        )
-
-
 class Supervisor:
     """Wires the parts and routes what happens between them; decisions are theirs."""
 
     def __init__(self, config: Config, reload_config: Callable[[], Config], programs: Mapping[str, Program]) -> None:
         self._store = FdStore()
         self._inherited = look_through(inherited(), self._store, time.monotonic_ns())
-        memory = self._inherited.memory
-        if memory is not None:
-            kill_leftovers(memory.state)
+        memory = take_memory(self._inherited, config, self._store)
+        self._memory_names = memory_names(memory.generation if memory is not None else 1)
         self._core = core = make_core(config, memory)
-        core.connections_lock_fd = lock(core.state)
+        core.connections_lock_fd = memory.lock_fd if memory is not None else lock(core.state.fd)
         self._facts = memory.facts if memory is not None else Remembered.create()
         self._notifier = Notifier()
         self._children = Children(core, programs)
@@ -183,6 +113,11 @@ class Supervisor:
         self._leases = Leases(core)
         self._stats = StatsTick(core, self._children, self._connections)
         self._rebalancing = Rebalancing(core, self._children, self._connections)
+        self._taking_up = (
+            TakingUp(core, self._facts, self._connections, self._accepting, self._start_storer)
+            if memory is not None
+            else None
+        )
         self._reload = Reload(core, self._children, self._connections, self._accepting, reload_config)
         commands = Commands(
             core,
@@ -199,7 +134,6 @@ class Supervisor:
         self._exit_code = 0
         self._dropped_before = 0
         self._leaving = False
-        self._spool_waits = False
         self._tick_due_s = 0.0
         self._judge_after_s = 0.0
         self._status_s = 0.0
@@ -236,62 +170,21 @@ class Supervisor:
         path = self._core.config.server.control_socket
         control = open_control_socket(path)
         self._control = ControlServer(self._core, path, control, self._answer)
-        took_over = self._inherited.memory is not None
-        if took_over:
-            self._know_listeners()
+        taking_up = self._taking_up
+        if taking_up is not None:
+            taking_up.know_listeners()
         self._accepting.open_all(self._core.config, self._inherited.listeners)
         self._keeping.drop_listeners(self._inherited.close_listeners())
-        path = self._core.config.spool.path
-        if took_over:
-            self._core.spool_lock_fd = open_spool(path)
-            self._core.may_store = False
-            self._take_up()
+        if taking_up is not None:
+            taking_up.take_up(self._inherited, self._store, self._keeping)
         else:
-            self._core.spool_lock_fd = try_lock_spool(path)
+            self._core.spool_lock_fd = try_lock_spool(self._core.config.spool.path)
         core = self._core
-        self._keeping.keep_memory(
-            {
-                "state": core.state.fd,
-                "chunks": core.arena.table.fd,
-                "arena": core.arena.data_fd,
-                "facts": self._facts.fd,
-            }
-        )
+        fds = (core.state.fd, core.arena.table.fd, core.arena.data_fd)
+        self._keeping.keep_memory({**dict(zip(self._memory_names, fds, strict=True)), FACTS: self._facts.fd})
         self._keeping.begin()
 
-    # -- after another supervisor
-
-    def _know_listeners(self) -> None:
-        """Rows name listeners by numbers of the earlier supervisor."""
-        core, facts = self._core, self._facts.read()
-        known, layouts = known_listeners(facts)
-        core.listeners.update(known)
-        core.config = dataclasses.replace(core.config, layouts={**layouts.layouts, **core.config.layouts})
-        self._connections.quarantine.take_up(facts.get("quarantine", []))
-        core.draining = bool(facts.get("draining", False))
-        self._accepting.next_id = max([int(facts.get("next_id", 1)), *(number + 1 for number in known)])
-
-    def _take_up(self) -> None:
-        """Everybody who could touch a connection is dead: the lock says so."""
-        core = self._core
-        free_leases(core.arena)
-        clear_slots(core.state)
-        unloading = Unloading(self._store, self._inherited.carriers, self._inherited.next_number)
-        fresh = unloading.run()
-        if fresh is not None:
-            self._keeping.take_up(*fresh)
-        taken = self._connections.take_up(unloading.fds)
-        new_count = sum(self._accepting.take_stray(fd) for fd in unloading.fds.values())
-        core.note(
-            logger,
-            logging.WARNING,
-            "connections adopted",
-            message_id=log.MessageId.CONNECTIONS_ADOPTED,
-            count=taken.count,
-            lost=taken.lost_count,
-            unknown=new_count,
-            of="supervisor",
-        )
+    # -- what the next supervisor must know
 
     def _write_facts(self) -> None:
         core = self._core
@@ -303,43 +196,23 @@ class Supervisor:
         self._write_facts()
         self._keeping.keep_listeners(self._accepting.fds())
 
-    def _await_spool(self) -> None:
-        """A storer of the earlier supervisor may hang in the kernel; clients are served meanwhile."""
-        if self._core.stopping and self._stop is None:
-            return
-        if is_locked_now(self._core.spool_lock_fd):
-            self._core.may_store = True
-            self._children.fork(self._children.add_storer())
-            return
-        if not self._spool_waits:
-            self._spool_waits = True
-            holders = ", ".join(map(str, lock_holders(self._core.spool_lock_fd)))
-            self._core.note(
-                logger,
-                logging.WARNING,
-                "spool is locked",
-                message_id=log.MessageId.CHILD_STUCK,
-                child="storer",
-                why=f"the earlier storer is not gone yet; its lock was taken by pid {holders or '?'}",
-                goes_on="clients are served; what they send waits in memory",
-            )
-        self._core.loop.after(SPOOL_AGAIN_S, self._await_spool)
-
     # -- children
 
     def _start_children(self) -> None:
-        if self._inherited.memory is not None:
-            self._await_spool()
+        if self._taking_up is not None:
+            self._taking_up.await_spool()
         else:
-            self._children.fork(self._children.add_storer())
+            self._start_storer()
         for index in range(self._core.config.server.workers):
             self._children.fork(self._children.add_worker(index))
+
+    def _start_storer(self) -> None:
+        self._children.fork(self._children.add_storer())
 
     def _await_ready(self) -> None:
         """Raises StartError when a child cannot start. A signal to stop ends the wait."""
         deadline_s = time.monotonic() + READY_TIMEOUT_S
-        took_over = self._inherited.memory is not None
-        while self._stop is None and not all(child.was_ready for child in self._awaited(took_over)):
+        while self._stop is None and not all(child.was_ready for child in self._awaited()):
             self._core.loop.run_once()
             for child in self._children:
                 failures = child.restarts >= (1 if child.role is Role.STORER else START_DEATHS_MAX)
@@ -351,9 +224,9 @@ class Supervisor:
                 names = ", ".join(child.name for child in self._children if not child.was_ready)
                 raise StartError(f"not ready after {READY_TIMEOUT_S:.0f} s: {names}")
 
-    def _awaited(self, took_over: bool) -> list[Child]:
+    def _awaited(self) -> list[Child]:
         """Connections that were taken up are served before the storer has looked through the spool."""
-        return self._children.workers() if took_over else list(self._children)
+        return list(self._children) if self._taking_up is None else self._children.workers()
 
     def _say_ready(self) -> None:
         core = self._core
@@ -417,6 +290,8 @@ class Supervisor:
     def close(self) -> None:
         """Leave nothing behind, whatever happened."""
         self._core.stopping = True
+        if self._taking_up is not None:
+            self._taking_up.give_up()
         self._accepting.close_all()
         leftovers = self._children.alive()
         for child in leftovers:
@@ -463,6 +338,8 @@ class Supervisor:
             self._leases.need(child, message.value, time.monotonic())
         elif kind is Kind.ENDED:
             self._connections.ended(message.row)
+        elif kind is Kind.GREETED and message.payload is not None:
+            self._connections.greeted(message.row, child, message.payload)
         elif kind is Kind.RELEASED:
             self._connections.released(message.row)
         elif kind in (Kind.OPENED, Kind.FREED):
@@ -512,7 +389,7 @@ class Supervisor:
         if self._core.stopping or not self._ready:
             return
         if child.role is Role.STORER:
-            self._children.fork(self._children.add_storer())
+            self._start_storer()
         elif all(each.state is ChildState.GIVEN_UP for each in self._children.workers()):
             self._exit_code = 1
             self._begin_stop("no worker can be started")

@@ -13,6 +13,7 @@ import logging
 from typing import Any
 
 from mpserverd import log
+from mpserverd.arena.layouts import description
 from mpserverd.arena.shared import LIVE_WORD, PAGE_BYTES, SharedWords
 from mpserverd.config.build import build
 from mpserverd.config.schema import Config, ListenerConfig
@@ -66,12 +67,13 @@ class Remembered:
 
 
 def listener_facts(config: Config, listeners: dict[int, ListenerConfig], next_id: int) -> dict[str, Any]:
-    """Listeners by id, with the layouts that they name."""
+    """Listeners by id, with the layouts that they name; and how the shared memory is laid out, for other versions."""
     plain = as_dict(dataclasses.replace(config, listeners=tuple(listeners.values())))
     return {
         "listeners": dict(zip(map(str, listeners), plain["listener"], strict=True)),
         "next_id": next_id,
         "layouts": plain["layout"],
+        "memory": description(),
     }
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
+from mpserverd.arena.migrate import Geometry
 from mpserverd.arena.state import CONNECTION_WORDS, LATENCY_BUCKETS, NAME_BYTES, STREAM_WORDS
 from mpserverd.config.schema import Config
 from mpserverd.errors import StartError
 from mpserverd.limits import CHUNKS_PER_CONNECTION
 from mpserverd.net.fdlimit import clients_that_fit
+from mpserverd.supervisor.core import SLOTS
 
 SPARE_CONNECTION_ROWS = 16
 SPARE_STREAM_ROWS = 64
@@ -42,21 +44,39 @@ def fit_clients(config: Config, descriptor_limit: int) -> Fit:
     return Fit(min(wanted, least), why)
 
 
+def wanted_geometry(config: Config, max_clients: int) -> Geometry:
+    """The memory that these settings ask for."""
+    chunk_bytes = config.buffers.chunk_bytes
+    return Geometry(
+        connections=max_clients + SPARE_CONNECTION_ROWS,
+        streams=STREAM_ROWS_PER_CLIENT * max_clients + SPARE_STREAM_ROWS,
+        slots=SLOTS,
+        chunk_bytes=chunk_bytes,
+        chunks=config.buffers.bytes // chunk_bytes,
+    )
+
+
+def memory_bytes(geometry: Geometry) -> int:
+    """About what the arena and the tables take."""
+    stream_bytes = (STREAM_WORDS + LATENCY_BUCKETS) * _WORD_BYTES + NAME_BYTES
+    tables = geometry.connections * CONNECTION_WORDS * _WORD_BYTES + geometry.streams * stream_bytes
+    return tables + geometry.chunks * geometry.chunk_bytes
+
+
 def check_memory(config: Config, *, proc: str = "/proc", cgroups: str = "/sys/fs/cgroup") -> None:
     """Raise StartError when the arena and the tables do not fit into what is available now."""
-    needed = config.buffers.bytes + _table_bytes(config.server.max_clients)
+    needed = memory_bytes(wanted_geometry(config, config.server.max_clients))
+    check_available(needed, proc=proc, cgroups=cgroups)
+
+
+def check_available(needed: int, *, proc: str = "/proc", cgroups: str = "/sys/fs/cgroup") -> None:
+    """Raise StartError when so many bytes are not there to be taken now."""
     for what, available in _available_bytes(pathlib.Path(proc), pathlib.Path(cgroups)):
         if needed > available:
             raise StartError(
                 f"shared memory needs {needed} bytes, {what} leaves {available}; "
                 "lower buffers.bytes or server.max_clients, or free memory"
             )
-
-
-def _table_bytes(max_clients: int) -> int:
-    stream_bytes = (STREAM_WORDS + LATENCY_BUCKETS) * _WORD_BYTES + NAME_BYTES
-    streams = STREAM_ROWS_PER_CLIENT * max_clients + SPARE_STREAM_ROWS
-    return (max_clients + SPARE_CONNECTION_ROWS) * CONNECTION_WORDS * _WORD_BYTES + streams * stream_bytes
 
 
 def _available_bytes(proc: pathlib.Path, cgroups: pathlib.Path) -> list[tuple[str, int]]:

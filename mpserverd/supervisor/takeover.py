@@ -1,10 +1,10 @@
 """What an earlier supervisor left in systemd's store: looked through at the start, then taken up or thrown away.
 
-Rules: memory is used only when every part is there and has a layout that this version knows; otherwise all of it is
-dropped, and what is lost with it is said. Five crashes within a minute mean that the memory itself may be the cause: it
-is dropped too. Listeners hold nothing and are kept in any case, so no client is refused.
+Rules: memory is used only when every part is there and its layout is understood (arena/layouts.py); otherwise all of it
+is dropped, and what is lost with it is said. Five crashes within a minute mean that the memory itself may be the cause:
+it is dropped too. Listeners hold nothing and are kept in any case, so no client is refused.
 
-Nothing here decides what becomes of a connection; see ``Connections.take_up``.
+Nothing here decides what becomes of a connection (``Connections.take_up``), or of the memory's size (moving.py).
 """
 
 from __future__ import annotations
@@ -18,16 +18,26 @@ import socket
 import stat
 import time
 
+import numpy as np
+
 from mpserverd import log
 from mpserverd.arena.chunks import LEASED, Arena
-from mpserverd.arena.state import CRASHES_KEPT, FIRST_WORKER_SLOT, Con, ConnectionState, Head, Slot, StateTable
+from mpserverd.arena.layouts import CONNECTIONS, STREAMS, StateMemory
+from mpserverd.arena.state import (
+    CRASHES_KEPT,
+    FIRST_WORKER_SLOT,
+    ConnectionState,
+    Slot,
+    StateTable,
+    StreamFlag,
+    StreamState,
+)
 from mpserverd.errors import LayoutError, MpserverdError
 from mpserverd.net import tcp_info
 from mpserverd.supervisor.carrier import Carrier
-from mpserverd.supervisor.core import SLOTS
 from mpserverd.supervisor.fd_store import FdStore, claim
-from mpserverd.supervisor.keeping import LISTENER_PREFIX, MEMORY_NAMES, carrier_names, carrier_number
-from mpserverd.supervisor.remembered import Remembered
+from mpserverd.supervisor.keeping import LISTENER_PREFIX, carrier_names, carrier_number
+from mpserverd.supervisor.stored_memory import FACTS, StoredMemory, memory_generation
 
 logger = logging.getLogger(__name__)
 
@@ -44,22 +54,13 @@ class TooManyCrashesError(MpserverdError):
 
 
 @dataclasses.dataclass(eq=False, slots=True)
-class Memory:
-    """The shared tables of an earlier life."""
-
-    state: StateTable
-    arena: Arena
-    facts: Remembered
-
-
-@dataclasses.dataclass(eq=False, slots=True)
 class Inheritance:
     """Everything that waited. ``memory`` is None at a first start, or when it was thrown away.
 
     Of ``carriers`` the newest comes first; their ends are owned here until they are handed to Keeping.
     """
 
-    memory: Memory | None = None
+    memory: StoredMemory | None = None
     listeners: dict[str, socket.socket] = dataclasses.field(default_factory=dict)
     carriers: list[tuple[int, Carrier]] = dataclasses.field(default_factory=list)
     next_number: int = 1
@@ -84,7 +85,7 @@ def look_through(fds: dict[str, list[int]], store: FdStore, now_ns: int) -> Inhe
         number = carrier_number(name)
         if number is not None:
             ends.setdefault(number, {})[name] = several[0]
-        elif name in MEMORY_NAMES and stat.S_ISREG(os.fstat(several[0]).st_mode):
+        elif (name == FACTS or memory_generation(name)) and stat.S_ISREG(os.fstat(several[0]).st_mode):
             memory[name] = several[0]
         elif name.startswith(LISTENER_PREFIX):
             found.listeners[name.removeprefix(LISTENER_PREFIX)] = socket.socket(fileno=several[0])
@@ -120,56 +121,23 @@ def whole_carriers(ends: dict[int, dict[str, int]], store: FdStore) -> list[tupl
 
 def _open_memory(found: Inheritance, fds: dict[str, int], store: FdStore, now_ns: int) -> None:
     try:
-        found.memory = _memory(fds)
+        found.memory = StoredMemory.open(fds, store)
         _judge_crashes(found.memory.state, now_ns)
     except (LayoutError, TooManyCrashesError) as error:
-        log.event(
-            logger,
-            logging.ERROR,
-            "stored sockets and state discarded",
-            message_id=log.MessageId.SAFE_START,
-            why=str(error),
-            lost=_what_is_lost(found.memory),
-        )
-        _discard(found, fds, store)
+        discard(found, store, error, fds)
 
 
-def _memory(fds: dict[str, int]) -> Memory:
-    missing = [name for name in MEMORY_NAMES if name not in fds]
-    if missing:
-        raise LayoutError(f"{', '.join(missing)} did not come back from the descriptor store")
-    state = StateTable(fds["state"])
-    if state.slot_count != SLOTS:
-        raise LayoutError(f"state table: {state.slot_count} slots, this version has {SLOTS}")
-    return Memory(state, Arena(fds["chunks"], fds["arena"]), Remembered(fds["facts"]))
-
-
-def _judge_crashes(state: StateTable, now_ns: int) -> None:
-    """Note this crash, if it was one. Raises TooManyCrashesError."""
-    words = state.words
-    if words[Head.LEFT]:
-        words[Head.LEFT] = 0
-        return
-    count = words[Head.CRASH_COUNT]
-    words[Head.CRASHES + count % CRASHES_KEPT] = now_ns
-    words[Head.CRASH_COUNT] = count + 1
-    oldest_ns = words[Head.CRASHES + (count + 1) % CRASHES_KEPT]
-    wanted = os.environ.get(CRASHES_MAX_VARIABLE, "") != "0"
-    if wanted and count + 1 >= CRASHES_KEPT and now_ns - oldest_ns < CRASH_WINDOW_S * 1e9:
-        raise TooManyCrashesError(f"the supervisor crashed {CRASHES_KEPT} times within {CRASH_WINDOW_S:.0f} s")
-
-
-def _what_is_lost(memory: Memory | None) -> str:
-    if memory is None:
-        return "every connection, and what was not durable"
-    from mpserverd.supervisor.totals import read_totals  # noqa: PLC0415  (only for this sentence)
-
-    active = int((memory.state.connections[:, Con.STATE] != ConnectionState.FREE).sum())
-    return f"{active} connections, {read_totals(memory.state).at_risk_bytes} bytes that were not durable"
-
-
-def _discard(found: Inheritance, fds: dict[str, int], store: FdStore) -> None:
-    """Clients see their connections end, and come back."""
+def discard(found: Inheritance, store: FdStore, why: Exception, fds: dict[str, int] | None = None) -> None:
+    """Clients see their connections end, and come back. ``fds`` are the memory's, where it could not be opened."""
+    log.event(
+        logger,
+        logging.ERROR,
+        "stored sockets and state discarded",
+        message_id=log.MessageId.SAFE_START,
+        why=str(why),
+        lost=_what_is_lost(found.memory),
+    )
+    fds = found.memory.fds if found.memory is not None else fds or {}
     found.memory = None
     for _, carrier in found.carriers:
         for _, fd in carrier.take_all():
@@ -183,6 +151,32 @@ def _discard(found: Inheritance, fds: dict[str, int], store: FdStore) -> None:
     for name, fd in fds.items():
         os.close(fd)
         store.remove(name)
+
+
+def _judge_crashes(state: StateMemory, now_ns: int) -> None:
+    """Note this crash, if it was one. Raises TooManyCrashesError."""
+    left, crash_count, crashes = (state.head_words(name) for name in ("LEFT", "CRASH_COUNT", "CRASHES"))
+    if left[0]:
+        left[0] = 0
+        return
+    count = int(crash_count[0])
+    crashes[count % CRASHES_KEPT] = now_ns
+    crash_count[0] = count + 1
+    oldest_ns = int(crashes[(count + 1) % CRASHES_KEPT])
+    wanted = os.environ.get(CRASHES_MAX_VARIABLE, "") != "0"
+    if wanted and count + 1 >= CRASHES_KEPT and now_ns - oldest_ns < CRASH_WINDOW_S * 1e9:
+        raise TooManyCrashesError(f"the supervisor crashed {CRASHES_KEPT} times within {CRASH_WINDOW_S:.0f} s")
+
+
+def _what_is_lost(memory: StoredMemory | None) -> str:
+    if memory is None:
+        return "every connection, and what was not durable"
+    state = memory.state
+    active = int((state.column(CONNECTIONS, "STATE") != ConnectionState.FREE).sum())
+    streams = state.column(STREAMS, "STATE") != StreamState.FREE
+    waiting = state.column(STREAMS, "POSITION").astype(np.int64) - state.column(STREAMS, "DURABLE").astype(np.int64)
+    stored = (state.column(STREAMS, "FLAGS") & np.uint64(StreamFlag.STORE)) != 0
+    return f"{active} connections, {int(waiting[streams & stored].sum())} bytes that were not durable"
 
 
 def free_leases(arena: Arena) -> None:
@@ -234,11 +228,12 @@ class Unloading:
         return number, carrier
 
 
-def await_barrier(store: FdStore) -> None:
-    """Block until the store has taken everything; only at the start, when nobody else is to be served."""
+def await_barrier(store: FdStore) -> bool:
+    """Block until the store has taken everything; only at the start, when nobody else is to be served. False when it
+    does not answer."""
     barrier = store.barrier()
     if barrier is None:
-        return
+        return True
     try:
         deadline_s = time.monotonic() + BARRIER_S
         poll = select.poll()
@@ -246,10 +241,11 @@ def await_barrier(store: FdStore) -> None:
         while time.monotonic() < deadline_s:
             store.flush()
             if poll.poll(10):
-                return
+                return True
     finally:
         os.close(barrier)
     log.event(logger, logging.ERROR, "the descriptor store does not answer", waited_s=BARRIER_S)
+    return False
 
 
 def is_untouched(sock: socket.socket) -> bool:

@@ -9,7 +9,7 @@ import pytest
 
 from mpserverd.config.schema import BuffersConfig, Config, ServerConfig
 from mpserverd.supervisor.core import Core
-from mpserverd.supervisor.main import make_core
+from mpserverd.supervisor.making_core import make_core
 
 CHUNK_BYTES = 4096
 CHUNKS = 64
