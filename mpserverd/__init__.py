@@ -6,11 +6,15 @@ from typing import TYPE_CHECKING, Any
 from mpserverd.version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from mpserverd.client.stream_client import StreamClient
     from mpserverd.streams import Batch, Hole, Stream, list_streams, open_stream
 
-__all__ = ["Batch", "Hole", "Stream", "__version__", "list_streams", "open_stream"]
+__all__ = ["Batch", "Hole", "Stream", "StreamClient", "__version__", "list_streams", "open_stream"]
 
-_HOME = dict.fromkeys(("Batch", "Hole", "Stream", "list_streams", "open_stream"), "mpserverd.streams")
+_HOME = {
+    **dict.fromkeys(("Batch", "Hole", "Stream", "list_streams", "open_stream"), "mpserverd.streams"),
+    "StreamClient": "mpserverd.client.stream_client",
+}
 
 
 def __getattr__(name: str) -> Any:
