@@ -462,7 +462,7 @@ class Worker:
         self._reception.end_all(CloseReason.STOPPING)
         for connection in list(self._by_row.values()):
             connection.paused = False
-            connection.farewell_ns = int(self._launch.config.server.stop_timeout_s * 5e8)
+            connection.farewell_ns = int(self._launch.config.server.stop_timeout_s * 3e8)
             connection.begin_drain()
             if connection.drain_bytes == 0 and connection.closing is CloseReason.NONE:
                 self._finish(connection, CloseReason.STOPPING)
