@@ -1,7 +1,8 @@
 """The child processes: forked, listened to, watched by pidfd and heartbeat, killed, reaped and forked again.
 
 Rules: what a child owned is touched only after its pidfd has fired. A worker whose heart stops is killed; the storer is
-not (its heartbeat is a thread of its own, so a disk that hangs looks like this): it is called stuck and waited for.
+not: it is called stuck and waited for, also when its heart beats (a thread of its own) but its turn does not end,
+because the disk is slow or hangs.
 Messages that do not fit into a child's channel wait here, in order.
 
 What to do with a dead worker's connections and leases is not decided here: see ``on_death``.
@@ -440,23 +441,32 @@ class Children:
         timeout_ns = int(self._core.config.server.heartbeat_timeout_s * 1e9)
         for child in self.alive():
             age_ns = now_ns - int(self._core.state.slots[child.slot, Slot.HEARTBEAT_MONO_NS])
+            turn_ns = self._turn_ns(child, now_ns)
             if child.state is ChildState.KILLED:
                 if now_ns - child.killed_ns > UNKILLABLE_S * 1e9:
                     self._call_stuck(child, "SIGKILL does not end it; it hangs in the kernel and keeps what it owns")
             elif child.state is ChildState.STUCK:
-                if child.role is Role.STORER and age_ns <= timeout_ns:
+                if child.role is Role.STORER and max(age_ns, turn_ns) <= timeout_ns:
                     self._apply(child, ChildEvent.BEAT_SEEN)
                     self._core.note(logger, logging.INFO, "child recovered", child=child.name, pid=child.pid)
             elif age_ns > timeout_ns and child.role is Role.WORKER:
                 self.kill(child, f"gave no sign of life for {age_ns / 1e9:.1f} s")
             elif age_ns > timeout_ns and child.state is ChildState.RUNNING:
                 self._call_stuck(child, f"gave no sign of life for {age_ns / 1e9:.1f} s; slow I/O is waited for")
+            elif turn_ns > timeout_ns and child.state is ChildState.RUNNING:
+                self._call_stuck(child, f"has been writing for {turn_ns / 1e9:.1f} s; a slow disk is waited for")
             elif (
                 child.state is ChildState.STARTING
                 and age_ns > timeout_ns
                 and now_ns - child.forked_ns > START_TIMEOUT_S[child.role] * 1e9
             ):
                 self.kill(child, f"was not ready after {START_TIMEOUT_S[child.role]:.0f} s")
+
+    def _turn_ns(self, child: Child, now_ns: int) -> int:
+        """Since the storer began its last turn, which it does at least once a second when the disk lets it."""
+        if child.role is not Role.STORER:
+            return 0
+        return now_ns - int(self._core.state.slots[child.slot, Slot.PROGRESS_MONO_NS])
 
     def _call_stuck(self, child: Child, why: str) -> None:
         self._apply(child, ChildEvent.BEAT_MISSED)

@@ -25,6 +25,7 @@ from mpserverd.supervisor.connections import Connections
 from mpserverd.supervisor.control_server import Answer, Peer, tell_change
 from mpserverd.supervisor.core import Core
 from mpserverd.supervisor.reload import Reload
+from mpserverd.supervisor.states import ChildState
 from mpserverd.version import VERSION
 
 logger = logging.getLogger(__name__)
@@ -134,8 +135,16 @@ class Commands:
             "listeners": self._listener_facts(),
             "clients": [client.id for client in core.config.clients],
             "workers": [_child_facts(child) for child in self._children.workers()],
-            "storer": _child_facts(storer) if storer is not None else None,
+            "storer": _child_facts(storer) if storer is not None else self._foreign_storer(),
         }
+
+    def _foreign_storer(self) -> dict[str, Any] | None:
+        """The storer of an earlier supervisor, while it hangs in the kernel and has the spool. Whose pid it is nobody
+        here knows."""
+        if self._core.may_store:
+            return None
+        names = {"index": 0, "name": "storer", "pid": 0, "state": ChildState.STUCK.value, "restarts": 0}
+        return {**names, "slot": STORER_SLOT, "connections": 0, "wanted": True}
 
     def _listener_facts(self) -> dict[str, dict[str, Any]]:
         bound = {listener.id: listener.bound for listener in self._accepting.listeners()}

@@ -75,6 +75,7 @@ class SmallStorer:
     def _beat(self) -> None:
         slot = self._state.slot_base(self._launch.slot)
         self._state.words[slot + Slot.HEARTBEAT_MONO_NS] = time.monotonic_ns()
+        self._state.words[slot + Slot.PROGRESS_MONO_NS] = time.monotonic_ns()
         self._state.words[slot + Slot.DOZING] = 1
 
     def _hush(self) -> None:
