@@ -53,6 +53,10 @@ class FrozenUnit(Unit):
         workers = f"2\nheartbeat_timeout_s = {HEARTBEAT_S}"
         super().__init__(home, workers=workers, buffers=f"{ARENA_MIB} MiB")
 
+    def __enter__(self) -> FrozenUnit:
+        super().__enter__()
+        return self
+
     def facts(self) -> dict[str, Any]:
         facts, *fds = request_state(f"{self.home}/control.sock")
         for fd in fds:
