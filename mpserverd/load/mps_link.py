@@ -76,6 +76,7 @@ class MpsLink(Link):
             if answer.next_packet > self._sent_packets():
                 raise AnswerError(f"an acknowledgement of packet {answer.next_packet - 1}, which was never sent")
             self._acknowledge(answer.next_packet, now_ns)
+            self._backoff.reset()  # this server does its work, so the next pause is short again
         elif isinstance(answer, Ok) and self.state is LinkState.GREETING:
             self._go_on(answer, now_ns)
         elif isinstance(answer, Bye):

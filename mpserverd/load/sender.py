@@ -234,7 +234,7 @@ class Sender:
             if link.state is LinkState.OPEN:
                 link.wake_ns = start_ns
             self._settle(link)
-        self._unfinished = {link for link in self.links if not link.finished}
+        self._unfinished = {link for link in self.links if not link.finished and link.state is not LinkState.DONE}
         ends_ns = [link.schedule.end_ns + self._drain_ns for link in self.links if link.schedule is not None]
         if ends_ns:
             self._stop_ns = max(ends_ns)
