@@ -35,6 +35,9 @@ class Counter:
 
 _S, _W, _D = Role.SUPERVISOR, Role.WORKER, Role.STORER
 
+NEVER_S = 2**32 - 1
+"""A gauge of seconds with this value means: not at all."""
+
 COUNTERS: tuple[Counter, ...] = (
     Counter(_S, 0, "accepted", "connections", "Connections accepted and admitted."),
     Counter(_S, 1, "adopted", "connections", "Connections given to another worker after theirs died."),
@@ -111,6 +114,14 @@ COUNTERS: tuple[Counter, ...] = (
         "cut_bytes",
         "bytes",
         "At most so many bytes were written, not durable, and cut after crashes of everything.",
+    ),
+    Counter(
+        _D,
+        14,
+        "time_to_full_s",
+        "s",
+        f"Until the disk is full at the rate of the last minutes; {NEVER_S} for not at all.",
+        gauge=True,
     ),
 )
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mpserverd.arena.counters import COUNTERS, Counter, Role
+from mpserverd.arena.counters import COUNTERS, NEVER_S, Counter, Role
 from mpserverd.arena.ledger import FIELDS, Ledger
 from mpserverd.arena.live import LiveState
 from mpserverd.arena.state import (
@@ -26,7 +26,6 @@ from mpserverd.arena.state import (
     RefuseReason,
     Slot,
     Str,
-    StreamFlag,
 )
 
 SCHEMA_VERSION = 1
@@ -68,7 +67,7 @@ def stats(live: LiveState, host: dict[str, Any] | None = None) -> dict[str, Any]
         "storer": storer(live),
         "buffers": buffers(live),
         "ledger": {**_totals(ledger), "holds": ledger.holds},
-        "spool": spool(live, rates),
+        "spool": spool(live),
         "counters": counters(live),
         "host": host or {"cpu_percent": None, "memory_percent": None, "net_bytes_per_s": None},
     }
@@ -163,20 +162,17 @@ def buffers(live: LiveState) -> dict[str, int]:
     }
 
 
-def spool(live: LiveState, rates: npt.NDArray[np.float64]) -> dict[str, Any]:
-    """``time_to_full_s``: until the free space is used up at the present rate of what is stored; None when never."""
-    row = live.state.slots[STORER_SLOT]
-    values = _named_counters(row, Role.STORER)
-    streams = live.ledger.streams
-    stored = (live.state.streams[streams.rows, Str.FLAGS] & np.uint64(StreamFlag.STORE)) != 0
-    rate = float((rates * streams.packet_sizes)[stored].sum())
-    free = values["free_bytes"]
+def spool(live: LiveState) -> dict[str, Any]:
+    """``time_to_full_s``: at the rate of the last minutes, as the storer reckons it; None: not, or not known yet."""
+    values = _named_counters(live.state.slots[STORER_SLOT], Role.STORER)
+    full, until_s = bool(values["full"]), values["time_to_full_s"]
+    known = until_s != NEVER_S and (values["free_bytes"] or values["spool_bytes"])
     return {
         "path": live.facts.get("spool", ""),
         "bytes": values["spool_bytes"],
-        "free_bytes": free,
-        "time_to_full_s": round(free / rate, 1) if rate > 0 and (free or values["full"]) else None,
-        "full": bool(values["full"]),
+        "free_bytes": values["free_bytes"],
+        "time_to_full_s": 0.0 if full else float(until_s) if known else None,
+        "full": full,
         "direct": bool(values["direct"]),
     }
 

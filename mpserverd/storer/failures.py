@@ -28,6 +28,8 @@ from mpserverd.storer.segment_file import SegmentFile, rename_aside
 logger = logging.getLogger(__name__)
 
 FULL_RETRY_S = 0.5
+FULL_OVER_S = 2.0
+"""The disk is not full any more when nothing was refused for so long: one episode is one pair of lines."""
 CATALOG_RETRY_S = 0.2
 FAILED_RETRY_S_MIN, FAILED_RETRY_S_MAX = 0.1, 5.0
 """The first failure of a stream is tried again at once, in another file."""
@@ -42,7 +44,10 @@ class Failures:
         self._limiter = RateLimiter(60.0, 10)
         self.catalog_retry_s = 0.0
         """Until then the catalog is not tried again."""
-        self._full = False
+        self._full = bool(desk.counters.get("full"))  # a predecessor may have said it
+        self._full_since_s = self._refused_s = time.monotonic()
+        self._why = ""
+        """What was refused since the last look and not yet said."""
         self._uncommitted: list[tuple[int, str, int, int, int]] = []
         """Segments that were set aside while the catalog could not be written."""
 
@@ -76,45 +81,68 @@ class Failures:
         self.put_back([work])
         work.stream.full = True
         self.retry_at[work.stream.row] = now_s + FULL_RETRY_S
-        self.begin_full(str(work.error))
+        self._refused(str(work.error))
+
+    def _refused(self, why: str) -> None:
+        """Where retention may make room it gets the time until its next look; otherwise the disk is full now."""
+        self._refused_s = time.monotonic()
+        self._why = why
+        if not self._desk.space.min_free_bytes:
+            self.begin_full()
 
     @property
     def is_full(self) -> bool:
         return self._full
 
-    def begin_full(self, why: str) -> None:
-        """Say it once. The ballast goes first: what makes room must be committed."""
-        desk = self._desk
+    def begin_full(self) -> None:
+        """Say it once, if something was refused. The ballast goes first: what makes room must be committed."""
+        desk, why = self._desk, self._why
+        self._why = ""
+        if not why:
+            return
         desk.space.drop_ballast()
-        if not self._full:
-            self._full = True
-            desk.counters.set("full", 1)
-            desk.note(
-                logger,
-                logging.ERROR,
-                "spool full: nothing more is stored",
-                MessageId.SPOOL_FULL,
-                free_bytes=desk.space.free_bytes,
-                min_free_bytes=desk.space.min_free_bytes,
-                why=why,
-            )
+        if self._full:
+            return
+        self._full = True
+        self._full_since_s = time.monotonic()
+        desk.counters.set("full", 1)
+        desk.note(
+            logger,
+            logging.ERROR,
+            "spool full: nothing more is stored",
+            MessageId.SPOOL_FULL,
+            free_bytes=desk.space.free_bytes,
+            min_free_bytes=desk.space.min_free_bytes,
+            spool_bytes=desk.counters.get("spool_bytes"),
+            why=why,
+            next=f"free space on the file system of {desk.streams_path}, or lower [spool] max_bytes or max_age_s",
+        )
+
+    def room_was_made(self) -> None:
+        """By retention: whoever waits need not wait longer, and what was refused is no full disk."""
+        self._why = ""
+        self.try_again()
 
     def end_full(self) -> None:
-        """Once a second: say that it is over when no stream waits any more."""
-        desk = self._desk
-        if self._full and not any(stream.full for stream in desk.streams.values()):
-            self._full = False
-            desk.counters.set("full", 0)
-            desk.note(
-                logger,
-                logging.WARNING,
-                "spool has room again",
-                MessageId.SPOOL_RELIEVED,
-                free_bytes=desk.space.free_bytes,
-            )
+        """Once a second: say that it is over when no stream waits any more, and nothing was refused for a while."""
+        desk, now_s = self._desk, time.monotonic()
+        if not self._full or any(stream.full for stream in desk.streams.values()):
+            return
+        if now_s - self._refused_s < FULL_OVER_S:
+            return
+        self._full = False
+        desk.counters.set("full", 0)
+        desk.note(
+            logger,
+            logging.WARNING,
+            "spool has room again",
+            MessageId.SPOOL_RELIEVED,
+            free_bytes=desk.space.free_bytes,
+            lasted_s=round(now_s - self._full_since_s, 1),
+        )
 
     def try_again(self) -> None:
-        """Room was made: whoever waits for it need not wait longer."""
+        """Whoever waits for room need not wait longer."""
         for stream in self._desk.streams.values():
             if stream.full:
                 self.retry_at[stream.row] = 0.0
@@ -192,7 +220,8 @@ class Failures:
         desk = self._desk
         self.catalog_retry_s = time.monotonic() + CATALOG_RETRY_S
         if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
-            self.begin_full(f"catalog: {error}")
+            self._refused(f"catalog: {error}")
+            self.begin_full()  # retention needs the catalog too
             return
         desk.counters.add("write_errors")
         suppressed = self._limiter.admit(time.monotonic())

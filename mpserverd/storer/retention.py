@@ -57,6 +57,8 @@ class Retention:
         self._gone = gone
         self._failures = failures
         self._next_all_s = 0.0
+        self.retired_bytes = 0
+        """By this process."""
         self._limits = {client.id: client.max_spool_bytes for client in desk.config.clients if client.max_spool_bytes}
 
     def spool_bytes(self) -> int:
@@ -64,6 +66,28 @@ class Retention:
         desk = self._desk
         files = [f for s in desk.streams.values() for f in (s.segment, s.early) if f is not None]
         return desk.resting_bytes + sum(file.allocated for file in files)
+
+    def content_bytes(self) -> int:
+        """What has been stored in all segments, whatever is allocated ahead."""
+        desk = self._desk
+        written = [s for s in desk.streams.values() if s.segment is not None]
+        return desk.resting_bytes + sum(desk.word(s, Str.DURABLE) - s.segment.first for s in written if s.segment)
+
+    def may_grow_bytes(self, stored_per_s: float) -> int | None:
+        """By how much all content may still grow before retention holds it at a limit. None: there is no limit."""
+        desk, bounds = self._desk, []
+        if desk.spool.max_bytes:
+            bounds.append(desk.spool.max_bytes - self.content_bytes())
+        if desk.spool.max_age_s:
+            bounds.append(round(stored_per_s * desk.spool.max_age_s) - self.content_bytes())
+        left = [self._left(stream) for stream in desk.streams.values()] if self._has_own_limits else [None]
+        if left and None not in left:
+            bounds.append(sum(each for each in left if each))
+        return max(0, min(bounds)) if bounds else None
+
+    def _left(self, stream: LiveStream) -> int | None:
+        """How much a stream in the table may still grow; None: as it likes."""
+        return max(0, -self._over(stream)) if self._limit(stream.name, named=stream.named) else None
 
     def apply(self, now_s: float, now_unix_ns: int) -> int:
         """Retire what is too much. Returns the bytes given back."""
@@ -157,6 +181,7 @@ class Retention:
         for entry in leaving:
             self._publish(entry, live.get(entry.record.id))
             given_back += self._unlink(entry)
+        self.retired_bytes += given_back
         log.event(
             logger,
             logging.INFO,

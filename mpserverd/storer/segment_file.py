@@ -118,18 +118,31 @@ class SegmentFile:
         return min(size + -size % BLOCK_BYTES, self.limit - self.first)
 
     def grow(self, at_least: int, space: Space) -> None:
-        """Allocate so much. Raises OSError with ENOSPC when the disk, or what it must keep free, has no place."""
+        """Allocate so much, and a step ahead as far as there is place. Raises OSError with ENOSPC when the disk, or
+        what it must keep free, has none for ``at_least``."""
         if at_least <= self.allocated:
             return
         step = self.next_step(at_least)
-        more = step - self.allocated
+        least = min(at_least + -at_least % BLOCK_BYTES, step)
+        while True:
+            try:
+                self._allocate(step - self.allocated, space)
+                break
+            except OSError as error:
+                if error.errno not in filesystem.NO_SPACE or step == least:
+                    raise
+            step = max(least, least + (step - least) // 2 // BLOCK_BYTES * BLOCK_BYTES)
+        self.allocated = step
+
+    def _allocate(self, more: int, space: Space) -> None:
         space.take(more)
         try:
             filesystem.allocate(self.fd, self.allocated, more)
         except OSError:
             space.give_back(more)
+            with contextlib.suppress(OSError):  # part of it may have been given: others can use that
+                os.ftruncate(self.fd, self.allocated)
             raise
-        self.allocated = step
 
     def cut(self, length: int) -> bool:
         """Make the file exactly so long. True when that changed it."""

@@ -2,7 +2,7 @@
 
 ``[spool] min_free_bytes`` is kept by refusing to allocate, as a full disk would. The ballast is a preallocated file
 beside the catalog: when the disk is full it goes first, because retention must commit before it can unlink, and the
-commit itself needs space.
+commit itself needs space. While there is no ballast, segments do not get what it would take: that is the catalog's.
 
 It does not decide what is removed; that is retention's.
 """
@@ -20,6 +20,8 @@ BALLAST_BYTES_MAX = 16 << 20
 BALLAST_SHARE = 64
 """At most this part of the file system."""
 _BALLAST_BYTES_MIN = 64 << 10
+HEADROOM_S = 2
+"""Retention makes place for what was allocated in so many of its looks, so that nobody has to wait for it."""
 
 
 class Space:
@@ -29,54 +31,87 @@ class Space:
         self._streams = streams
         self._ballast_in = ballast_in
         self._ballast = os.path.join(ballast_in, BALLAST_FILE)
+        self._one_disk = os.stat(streams).st_dev == os.stat(ballast_in).st_dev
+        self._reserve_bytes = 0
         self.min_free_bytes = min_free_bytes
         self.free_bytes = 0
         self.refused_bytes = 0
         """What was asked for last and not given; retention makes place for it."""
+        self._taken_bytes = 0
+        self.headroom_bytes = 0
+        """What segments will ask for soon."""
         self.measure()
 
     def measure(self) -> None:
         self.free_bytes = filesystem.free_bytes(self._streams)
 
+    def look(self) -> None:
+        """Once a second: measure, and reckon what is asked for soon."""
+        self.measure()
+        self.headroom_bytes = max(HEADROOM_S * self._taken_bytes, self.headroom_bytes // 2)
+        self._taken_bytes = 0
+
+    @property
+    def kept_bytes(self) -> int:
+        """What segments may not take."""
+        return max(self.min_free_bytes, self._reserve_bytes)
+
     @property
     def short_bytes(self) -> int:
-        """How much is missing to what must be kept free, and to what was refused because of that."""
-        return max(0, self.min_free_bytes + self.refused_bytes - self.free_bytes) if self.min_free_bytes else 0
+        """How much is missing to what must be kept free and to what is asked for. 0 when nothing must be kept free."""
+        if not self.min_free_bytes:
+            return 0
+        return max(0, self.min_free_bytes + max(self.refused_bytes, self.headroom_bytes) - self.free_bytes)
 
     def take(self, count: int) -> None:
         """Raises OSError with ENOSPC when ``count`` more bytes would leave less free than must be kept."""
-        if self.min_free_bytes and self.free_bytes - count < self.min_free_bytes:
-            self.refused_bytes = max(self.refused_bytes, count)
-            raise OSError(errno.ENOSPC, f"{self.free_bytes} bytes are free, {self.min_free_bytes} must stay free")
+        kept = self.kept_bytes
+        if kept and self.free_bytes - count < kept:
+            self.measure()  # somebody may have made room since the last look
+            if self.free_bytes - count < kept:
+                self.refused_bytes = max(self.refused_bytes, count)
+                raise OSError(errno.ENOSPC, f"{self.free_bytes} bytes are free, {kept} must stay free")
         self.free_bytes -= count
+        self._taken_bytes += count
 
     def give_back(self, count: int) -> None:
         self.free_bytes += count
+        self._taken_bytes -= count
 
     # -- ballast
 
     def drop_ballast(self) -> bool:
         """True when there was one."""
         try:
+            size = os.stat(self._ballast).st_size
             os.unlink(self._ballast)
         except OSError:
             return False
+        self._keep_for_catalog(size)
         self.measure()
         return True
 
+    def _keep_for_catalog(self, count: int) -> None:
+        self._reserve_bytes = count if self._one_disk else 0
+
     def make_ballast(self) -> None:
         """If there is none, and place enough for two."""
+        if os.path.exists(self._ballast):
+            return
         found = os.statvfs(self._ballast_in)
         size = min(BALLAST_BYTES_MAX, found.f_blocks * found.f_frsize // BALLAST_SHARE)
-        if (
-            size < _BALLAST_BYTES_MIN
-            or os.path.exists(self._ballast)
-            or self.free_bytes < 2 * size + self.min_free_bytes
-        ):
+        if size < _BALLAST_BYTES_MIN:
+            return
+        self._keep_for_catalog(size)
+        if found.f_bavail * found.f_frsize < 2 * size + self.min_free_bytes:
             return
         with contextlib.suppress(OSError):  # then there is none; the next call tries again
             descriptor = os.open(self._ballast, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 filesystem.allocate(descriptor, 0, size)
+                self._reserve_bytes = 0
+            except OSError:
+                os.unlink(self._ballast)
+                raise
             finally:
                 os.close(descriptor)

@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 
+from mpserverd.arena.counters import NEVER_S
 from mpserverd.arena.state import Str, StreamState
 from mpserverd.config.schema import Sync
 from mpserverd.errors import StartError
@@ -17,6 +18,7 @@ from mpserverd.storer.catalog import todo
 from mpserverd.storer.cycle import Cycle
 from mpserverd.storer.early import Early
 from mpserverd.storer.failures import Failures
+from mpserverd.storer.filling import Filling, Look
 from mpserverd.storer.last_life import CLOSED_KEY
 from mpserverd.storer.leaving import Leaving
 from mpserverd.storer.live import Desk
@@ -46,6 +48,7 @@ class Store:
         self._leaving = Leaving(
             desk, self._gone, self.failures, self.retention, sync_wanted=desk.spool.sync is Sync.DURABLE
         )
+        self._filling = Filling()
         self._next_ballast_s = 0.0
         self._written_bytes = 0
         self._ticked_s = 0.0
@@ -96,9 +99,12 @@ class Store:
     def tick(self, now_s: float) -> None:
         """Everything that is neither a cycle nor urgent."""
         desk = self._desk
-        desk.space.measure()
-        if self.retention.apply(now_s, time.time_ns()) or not desk.space.short_bytes:
+        desk.space.look()
+        if self.retention.apply(now_s, time.time_ns()):
+            self.failures.room_was_made()
+        elif not desk.space.short_bytes:
             self.failures.try_again()
+        self.failures.begin_full()
         desk.space.refused_bytes = 0
         while desk.to_unlink:
             self.background.unlink(desk.to_unlink.popleft())
@@ -115,8 +121,19 @@ class Store:
         if now_s >= self._next_ballast_s and not self.failures.is_full:
             self._next_ballast_s = now_s + BALLAST_INTERVAL_S
             desk.space.make_ballast()
-        desk.counters.set("spool_bytes", self.retention.spool_bytes())
+        self._gauge(now_s)
+
+    def _gauge(self, now_s: float) -> None:
+        desk, retention = self._desk, self.retention
+        allocated = retention.spool_bytes()
+        content = retention.content_bytes()
+        stored = content + retention.retired_bytes
+        self._filling.note(Look(now_s, content, allocated, desk.space.free_bytes, stored))
+        may_grow = retention.may_grow_bytes(self._filling.stored_per_s)
+        until_s = self._filling.time_to_full_s(desk.space.kept_bytes, may_grow)
+        desk.counters.set("spool_bytes", allocated)
         desk.counters.set("free_bytes", desk.space.free_bytes)
+        desk.counters.set("time_to_full_s", NEVER_S if until_s is None else round(until_s))
 
     def _make_sums(self, written_bytes: int, seconds: float) -> None:
         desk, background = self._desk, self.background

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from mpserverd.arena.counters import COUNTERS, Role, column
+from mpserverd.arena.counters import COUNTERS, NEVER_S, Role, column
 from mpserverd.arena.health import HEARTBEAT_AGE_S_MAX, health
 from mpserverd.arena.report import ledger, stats, workers
 from mpserverd.arena.state import (
@@ -153,16 +153,20 @@ def test_dropped_packets_of_present_and_closed_streams_are_counted(tables: Table
     assert stats(tables.live())["errors_by_reason"]["dropped"] == dropped // 24 + 10
 
 
-def test_the_spool_is_full_when_the_free_space_is_used_up_at_the_present_rate(tables: Tables) -> None:
+def test_the_spool_says_in_how_long_it_is_full(tables: Tables) -> None:
     row = tables.state.slots[STORER_SLOT]
+    row[[column(Role.STORER, name) for name in ("spool_bytes", "free_bytes")]] = 0
+    assert stats(tables.live())["spool"]["time_to_full_s"] is None, "the storer has not looked yet"
     row[column(Role.STORER, "spool_bytes")] = 5000
     row[column(Role.STORER, "free_bytes")] = 1_000_000
+    row[column(Role.STORER, "time_to_full_s")] = NEVER_S
     found = stats(tables.live())["spool"]
     assert (found["path"], found["bytes"], found["free_bytes"]) == ("/spool", 5000, 1_000_000)
     assert (found["time_to_full_s"], found["full"], found["direct"]) == (None, False, False)
-    tables.open(0, packet_size=10).words[Str.RATE_MILLI] = 100_000
-    tables.open(1, packet_size=10, flags=StreamFlag(0)).words[Str.RATE_MILLI] = 900_000  # is not stored
+    row[column(Role.STORER, "time_to_full_s")] = 1000
     assert stats(tables.live())["spool"]["time_to_full_s"] == 1000.0
+    row[column(Role.STORER, "full")] = 1
+    assert stats(tables.live())["spool"]["time_to_full_s"] == 0.0
 
 
 def test_listeners_name_their_port(tables: Tables) -> None:

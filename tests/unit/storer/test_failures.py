@@ -8,12 +8,14 @@ import pathlib
 import resource
 import sqlite3
 import subprocess
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from mpserverd.arena.state import Gone, Str, StreamState
 from mpserverd.storer import syncing
+from mpserverd.storer.failures import FULL_OVER_S
 from mpserverd.storer.space import BALLAST_FILE
 from tests.unit.storer.conftest import RigMaker
 from tests.unit.storer.rig import CHUNK, Client, Rig
@@ -252,8 +254,10 @@ def _fill_and_relieve(rig: Rig, disk: pathlib.Path) -> None:
     assert at <= client.word(Str.DURABLE) < client.sent
     (disk / "stranger").unlink()
     rig.steps(10)
-    rig.store.tick(rig.now_s)
     assert client.word(Str.DURABLE) == client.sent - client.sent % 24
+    rig.store.tick(rig.now_s)
+    assert rig.counter("full") == 1, "it may be full again at once"
+    end_episode(rig)
     assert rig.counter("full") == 0
     rig.assert_stored(client)
     client.end()
@@ -265,6 +269,12 @@ def _fill_and_relieve(rig: Rig, disk: pathlib.Path) -> None:
         "spool full: nothing more is stored",
         "spool has room again",
     ]
+
+
+def end_episode(rig: Rig) -> None:
+    """As if nothing had been refused for a while."""
+    rig.store.failures._refused_s -= FULL_OVER_S
+    rig.store.tick(rig.now_s)
 
 
 def take_all_space(path: pathlib.Path) -> None:
@@ -310,8 +320,106 @@ def test_min_free_bytes_is_kept_as_if_the_disk_were_full(make_rig: RigMaker, mon
     rig.desk.space.min_free_bytes = rig.desk.space.free_bytes
     rig.step()
     assert client.word(Str.DURABLE) == 0
-    assert rig.counter("full") == 1
+    assert rig.counter("full") == 0, "retention may make room"
+    rig.store.tick(rig.now_s)
+    assert rig.counter("full") == 1, "it has nothing to remove"
     rig.desk.space.min_free_bytes = 0
     rig.steps(6)
     rig.assert_stored(client)
     assert rig.gone(Gone.DURABLE_BYTES) == 0
+
+
+def test_retention_makes_room_below_min_free_bytes_and_nothing_is_called_full(make_rig: RigMaker) -> None:
+    """A stream that goes round in what the disk has: nobody waits, and the journal stays quiet."""
+    rig = make_rig(chunks=200, segment_bytes=SEGMENT)
+    client = rig.fresh("peer", 16)
+    space = rig.desk.space
+    disk_bytes = 12 * SEGMENT
+    real = space.measure
+
+    def measure() -> None:
+        space.free_bytes = disk_bytes - sum(path.stat().st_size for path in rig.spool.rglob("*.seg"))
+
+    space.measure = measure  # type: ignore[method-assign]
+    space.min_free_bytes = 4 * SEGMENT
+    for _ in range(40):
+        client.send_all(SEGMENT // 2)
+        rig.step()
+        rig.store.tick(rig.now_s)
+        deadline = time.monotonic() + 5
+        while rig.store.background._paths and time.monotonic() < deadline:
+            os.sched_yield()
+        assert rig.counter("full") == 0
+        assert client.word(Str.DURABLE) == client.sent
+    assert client.word(Str.FIRST_OFFSET) > 8 * SEGMENT
+    measure()
+    assert space.free_bytes >= space.min_free_bytes
+    space.measure = real  # type: ignore[method-assign]
+
+
+def test_a_successor_goes_on_with_the_episode_of_a_full_disk(make_rig: RigMaker) -> None:
+    """One line when it begins and one when it is over, whoever dies in between."""
+    rig = make_rig()
+    client = rig.fresh("peer", 16)
+    client.send(1600)
+    rig.desk.space.min_free_bytes = 1 << 60
+    rig.step()
+    rig.store.tick(rig.now_s)
+    (begun,) = events(rig, "spool")
+    assert begun == "spool full: nothing more is stored"
+    rig.restart()
+    rig.desk.space.min_free_bytes = 1 << 60
+    client.adopt()
+    rig.step()
+    rig.store.tick(rig.now_s)
+    assert events(rig, "spool") == []
+    rig.desk.space.min_free_bytes = 0
+    rig.steps(6)
+    end_episode(rig)
+    assert events(rig, "spool") == ["spool has room again"]
+    rig.assert_stored(client)
+
+
+def events(rig: Rig, beginning: str) -> list[str]:
+    found = [str(message.payload["event"]) for message in rig.desk.outbox if message.payload]
+    return [event for event in found if event.startswith(beginning)]
+
+
+def test_the_catalog_is_written_while_segments_get_no_byte_more(tmp_path: pathlib.Path) -> None:
+    """What the ballast gave back is the catalog's: segments do not take it."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    with tmpfs(tmp_path / "disk", "24M") as disk:
+        rig = Rig(disk, chunks=256, segment_bytes=1 << 20)
+        try:
+            client = rig.fresh("peer", 16)
+            while rig.counter("full") == 0:
+                assert client.receive(64_000)
+                client.offer()
+                rig.steps(4)
+            assert not (rig.spool / BALLAST_FILE).exists()
+            rig.steps(10)
+            left = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+            assert left >= 200_000, f"{left} bytes are left for the catalog"
+            with rig.desk.catalog.transaction():
+                rig.desk.catalog.add_totals((f"test-{number}", 1) for number in range(500))
+        finally:
+            rig.close()
+
+
+def test_a_file_grows_by_what_there_is_when_the_whole_step_does_not_fit(tmp_path: pathlib.Path) -> None:
+    """A step doubles the file: with one of 8 MiB and 7 MiB left the disk is not full."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    with tmpfs(tmp_path / "disk", "16M") as disk:
+        rig = Rig(disk, chunks=256, segment_bytes=64 << 20)
+        try:
+            client = rig.fresh("peer", 16)
+            while rig.counter("full") == 0:
+                assert client.receive(64_000)
+                client.offer()
+                rig.steps(4)
+            assert client.word(Str.DURABLE) > 14 << 20
+            rig.assert_stored(client, upto=client.word(Str.DURABLE))
+        finally:
+            rig.close()
