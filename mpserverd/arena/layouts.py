@@ -38,7 +38,7 @@ from mpserverd.arena.state import (
 )
 from mpserverd.errors import LayoutError
 
-LEAST_READER = 1
+LEAST_READER = 2
 """The oldest version whose daemon understands what the words of this layout mean, once it knows where they are."""
 
 HEAD, CONNECTIONS, STREAMS, SLOTS, NAMES, LATENCY = "head", "connections", "streams", "slots", "names", "latency"
@@ -141,7 +141,7 @@ _VERSION_1 = StateLayout(
     name_words=17,
     latency_words=128,
 )
-"""As it was at first. Never changed."""
+"""As it was at first: no states of mps. A layout that was released is never changed."""
 
 STATE_LAYOUTS: dict[int, StateLayout] = {layout.version: layout for layout in (_VERSION_1, CURRENT_STATE)}
 CHUNK_LAYOUTS: dict[int, ChunkLayout] = {CURRENT_CHUNKS.version: CURRENT_CHUNKS}

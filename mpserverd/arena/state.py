@@ -34,7 +34,8 @@ import numpy.typing as npt
 from mpserverd.arena.shared import LIVE_WORD, PAGE_BYTES, WORD_BYTES, SharedWords, round_up
 
 STATE_MAGIC = 0x6D70737374617465
-STATE_VERSION = 1
+STATE_VERSION = 2
+"""Another one whenever a column moves, a row grows or a state is new; the old layout stays in arena/layouts.py."""
 
 CONNECTION_WORDS = 24
 STREAM_WORDS = 64

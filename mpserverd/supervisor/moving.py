@@ -142,7 +142,7 @@ class Moving:
             lock_fd = lock(state.fd)
             fds.append(lock_fd)
             generation = self._replace(fds[:3])
-        except StartError:
+        except BaseException:
             for fd in fds:
                 os.close(fd)
             raise
