@@ -6,13 +6,24 @@ from typing import TYPE_CHECKING, Any
 from mpserverd.version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from mpserverd.client.async_stream_client import AsyncStreamClient
     from mpserverd.client.stream_client import StreamClient
     from mpserverd.streams import Batch, Hole, Stream, list_streams, open_stream
 
-__all__ = ["Batch", "Hole", "Stream", "StreamClient", "__version__", "list_streams", "open_stream"]
+__all__ = [
+    "AsyncStreamClient",
+    "Batch",
+    "Hole",
+    "Stream",
+    "StreamClient",
+    "__version__",
+    "list_streams",
+    "open_stream",
+]
 
 _HOME = {
     **dict.fromkeys(("Batch", "Hole", "Stream", "list_streams", "open_stream"), "mpserverd.streams"),
+    "AsyncStreamClient": "mpserverd.client.async_stream_client",
     "StreamClient": "mpserverd.client.stream_client",
 }
 

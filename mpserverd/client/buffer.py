@@ -22,17 +22,22 @@ DROP_PARTS = 8
 """When the oldest give way, at least an eighth of them does: each hole costs a new connection."""
 
 
+def check_sizes(packet_size: int, bytes_max: int) -> None:
+    """Raises ValueError."""
+    if not limits.PACKET_BYTES_MIN <= packet_size <= limits.PACKET_BYTES_MAX:
+        raise ValueError(
+            f"a packet has {limits.PACKET_BYTES_MIN} to {limits.PACKET_BYTES_MAX} bytes, not {packet_size}"
+        )
+    if not packet_size <= bytes_max <= BUFFER_BYTES_MAX:
+        raise ValueError(f"a buffer of {bytes_max} bytes for packets of {packet_size}; at least one must fit")
+
+
 class PacketBuffer:
     """``epoch``, ``origin`` and ``acked`` are what is known of the server's stream: its epoch, the index at which this
     client's numbering began, and the index that the server has acknowledged up to."""
 
     def __init__(self, packet_size: int, bytes_max: int = BUFFER_BYTES) -> None:
-        if not limits.PACKET_BYTES_MIN <= packet_size <= limits.PACKET_BYTES_MAX:
-            raise ValueError(
-                f"packet_size is {limits.PACKET_BYTES_MIN} to {limits.PACKET_BYTES_MAX} bytes, not {packet_size}"
-            )
-        if not packet_size <= bytes_max <= BUFFER_BYTES_MAX:
-            raise ValueError(f"a buffer of {bytes_max} bytes for packets of {packet_size}; at least one must fit")
+        check_sizes(packet_size, bytes_max)
         self.packet_size = packet_size
         self.capacity = bytes_max // packet_size
         # mapped, because a bytearray touches all of its pages at once

@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import random
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 from mpserverd.client.buffer import BUFFER_BYTES, PacketBuffer
 from mpserverd.client.errors import BufferFullError, ClientClosedError, ClientError, NotAcknowledgedError
+from mpserverd.client.file_buffer import FileBuffer
 from mpserverd.client.servers import Servers, parse_server
 from mpserverd.client.session import Session, State, Terms
 
@@ -54,7 +55,11 @@ class ClientCore:
             raise ValueError(f"linger_s is 0 to 1, not {linger_s!r}")
         terms = Terms(client_id, packet_size, token, on_epoch, connect_timeout_s, answer_timeout_s, ack_timeout_s)
         turn = Servers(_addresses(servers), backoff_s, random.SystemRandom().getrandbits(64))
-        self._buffer = PacketBuffer(packet_size, buffer_bytes)
+        self._buffer = (
+            PacketBuffer(packet_size, buffer_bytes)
+            if buffer_file is None
+            else FileBuffer(buffer_file, client_id, packet_size, buffer_bytes)
+        )
         self._session = Session(terms, self._buffer, turn)
         self._packet_size, self._on_full, self._send_timeout_s = packet_size, on_full, send_timeout_s
         self._linger_s, self._tls = linger_s, tls
@@ -126,6 +131,15 @@ class ClientCore:
             raise ClientClosedError("this client is closed")
         if self._session.error is not None:
             raise self._session.error
+
+    def _pieces(self, block: memoryview) -> Iterator[memoryview]:
+        """A block of packets in sizes that fit; with "raise" only when all of it fits."""
+        count = len(block) // self._packet_size
+        if self._on_full == "raise" and count > self._buffer.room:
+            raise self._full(count)
+        step = self._buffer.piece_max * self._packet_size
+        for at in range(0, len(block), step):
+            yield block[at : at + step]
 
     def _place_for(self, count: int, now: float) -> bool:
         """Whether so many packets (at most ``piece_max``) can be appended now; drops for them if that is wanted."""

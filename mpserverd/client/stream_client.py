@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Self
 
 from mpserverd.client import intake
@@ -82,17 +81,6 @@ class StreamClient(ClientCore):
             self._one_call.release()
         return taken
 
-    def _pieces(self, block: memoryview) -> Iterator[memoryview]:
-        """In sizes that fit; with "raise" only when all of the block fits."""
-        count = len(block) // self._packet_size
-        if self._on_full == "raise":
-            with self._condition:
-                if count > self._buffer.room:
-                    raise self._full(count)
-        step = self._buffer.piece_max * self._packet_size
-        for at in range(0, len(block), step):
-            yield block[at : at + step]
-
     def _keep(self, piece: memoryview, deadline: float) -> int:
         count = len(piece) // self._packet_size
         with self._condition:
@@ -136,7 +124,8 @@ class StreamClient(ClientCore):
         self._loop.join(JOIN_S)
         held = self._buffer.held
         if is_first:
-            self._buffer.close()
+            with self._one_call:  # whoever waits there for room was woken and leaves
+                self._buffer.close()
         if error is not None and not self._is_kept and is_first:
             raise self._unacknowledged(timeout_s) from error
         return held

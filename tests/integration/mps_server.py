@@ -1,7 +1,7 @@
 """A small MPS/1 server for tests of clients, written from docs/protocol.md and not from the project's protocol module.
 
 It keeps streams in memory and can misbehave on purpose, seeded: cut connections at any byte, forget what it has not
-acknowledged (as after a power cut), tear and delay its lines, refuse, say BYE. ``content`` is what it would have on disk.
+acknowledged (as after a power cut), tear and delay its lines, refuse, say BYE. ``content`` is what would be on disk.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class Faults:
 
 
 class MpsServer:
-    """``with MpsServer() as server``: listens on ``server.port`` until the block ends. ``on_hello`` may answer by itself:
-    what it returns is sent instead of the answer, and then the connection is closed."""
+    """``with MpsServer() as server``: listens on ``server.port`` until the block ends. What ``on_hello`` returns, if it
+    is not None, is sent instead of an answer, and then the connection is closed."""
 
     def __init__(
         self, seed: int = 0, faults: Faults | None = None, tls: ssl.SSLContext | None = None, port: int = 0
@@ -229,7 +229,8 @@ class MpsServer:
                 if received % self.faults.ack_every_bytes < len(packets):
                     self._acknowledge(connection, kept)
                 if cut_at is not None and received >= cut_at:
-                    return self._end_badly(connection, kept)
+                    self._end_badly(connection, kept)
+                    return
 
     def _acknowledge(self, connection: socket.socket, kept: Kept) -> None:
         if not self.holds_acks.is_set() and kept.next > kept.acked:
