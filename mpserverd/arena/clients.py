@@ -1,7 +1,9 @@
 """The connections of a running daemon, one entry each, computed from the shared tables.
 
 Bytes, packets and times are the connection's; gaps, latency and what is at risk are its stream's, which may have had
-connections before. Nothing here writes a word or asks the daemon.
+connections before. At risk is what a power cut now would take from the client for good: of a raw client everything that
+was received and is not durable, of an mps client nothing, because it keeps what is not acknowledged. What the kernel
+holds unread comes on top for raw. Nothing here writes a word or asks the daemon.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ from mpserverd.arena.live import LiveState
 from mpserverd.arena.state import Con, ConnectionFlag, ConnectionState, Str, StreamFlag
 
 QUANTILES = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
+RAW = "raw"
 _NO_LATENCY: dict[str, float | None] = dict.fromkeys((*QUANTILES, "max"))
 
 
 def clients(live: LiveState) -> list[dict[str, Any]]:
-    """Every connection that the daemon holds, the oldest first. ``id`` is the configured client's, else its peer."""
+    """Every connection that the daemon holds, the oldest first. ``id`` is the client's, else its peer."""
     table = live.state.connections.copy()
     rows = np.flatnonzero(table[:, Con.STATE] != ConnectionState.FREE)
     rows = rows[np.argsort(table[rows, Con.ACCEPTED_MONO_NS], kind="stable")]
@@ -36,9 +39,9 @@ def clients(live: LiveState) -> list[dict[str, Any]]:
     for row, index in zip(rows, indices, strict=True):
         entry = _connection(live, int(row), table[row], now_ns)
         if index is None:
-            found.append({**entry, **_no_stream()})
+            found.append({**entry, **_no_stream(entry["level"])})
         else:
-            found.append({**entry, **_stream(live, streams, index, table[row], latencies[index])})
+            found.append({**entry, **_stream(live, streams, index, table[row], latencies[index], entry["level"])})
     return found
 
 
@@ -65,10 +68,26 @@ def _connection(live: LiveState, row: int, words: npt.NDArray[np.uint64], now_ns
         "paused": bool(int(words[Con.FLAGS]) & ConnectionFlag.PAUSED),
         "blocked": bool(words[Con.BLOCKED]),
         "adoptions": int(words[Con.ADOPTIONS]),
+        "level": level(listener.get("protocol", RAW), live.facts.get("sync", "durable")),
     }
 
 
-def _no_stream() -> dict[str, Any]:
+def level(protocol: str, sync: str) -> str:
+    """What the protocol promises for a packet: ``raw`` nothing; else what an acknowledgement means."""
+    if protocol == RAW:
+        return RAW
+    return "durable" if sync == "durable" else "stored"
+
+
+def at_risk_text(level: str, at_risk_bytes: int, unacked_bytes: int | None, *, stored: bool = True) -> str:
+    """In words what a power cut now would take for good."""
+    if level == RAW:
+        return f"raw: up to {at_risk_bytes} bytes" if stored else "raw: not stored"
+    kept = f"the client keeps {unacked_bytes} bytes" if unacked_bytes else "everything is acknowledged"
+    return f"0: {kept}" if level == "durable" else f"what is not synced; {kept}"
+
+
+def _no_stream(level: str) -> dict[str, Any]:
     """A connection that waits for its stream: its bytes are still in the kernel."""
     numbers = dict.fromkeys(("packets", "bytes", "gaps", "missing", "repeats", "reordered", "at_risk_bytes"), 0)
     return {
@@ -77,30 +96,39 @@ def _no_stream() -> dict[str, Any]:
         "latency_ms": dict(_NO_LATENCY),
         "stream_bytes": 0,
         "stream_packets": 0,
-        "level": "nothing read yet",
+        "unacked_bytes": None if level == RAW else 0,
+        "at_risk": "nothing read yet",
     }
 
 
 def _stream(
-    live: LiveState, streams: Accounts, index: int, words: npt.NDArray[np.uint64], latency: dict[str, float | None]
+    live: LiveState,
+    streams: Accounts,
+    index: int,
+    words: npt.NDArray[np.uint64],
+    latency: dict[str, float | None],
+    level: str,
 ) -> dict[str, Any]:
     row, packet_size = int(streams.rows[index]), int(streams.packet_sizes[index])
     account = streams.of(index)
     received = max(0, account["position_bytes"] - int(words[Con.OFFSET_AT_ATTACH]))
     name = live.state.stream_name(row)
     flags = StreamFlag(int(live.state.streams[row, Str.FLAGS]))
-    at_risk = account["at_risk_bytes"]
+    at_risk = account["at_risk_bytes"] if level == RAW else 0
+    unacked = None if level == RAW else max(0, account["received_bytes"] - account["acked_bytes"])
     return {
         **({"id": name} if StreamFlag.NAMED in flags else {}),
         "stream": name,
         "packets": received // packet_size,
         "bytes": received,
         "packets_per_s": int(live.state.streams[row, Str.RATE_MILLI]) / 1000,
-        **{field: account[field] for field in ("gaps", "missing", "repeats", "reordered", "at_risk_bytes")},
+        **{field: account[field] for field in ("gaps", "missing", "repeats", "reordered")},
         "latency_ms": latency,
         "stream_bytes": account["received_bytes"],
         "stream_packets": account["received_packets"],
-        "level": f"raw: up to {at_risk} bytes at risk" if StreamFlag.STORE in flags else "raw: not stored",
+        "at_risk_bytes": at_risk,
+        "unacked_bytes": unacked,
+        "at_risk": at_risk_text(level, at_risk, unacked, stored=StreamFlag.STORE in flags),
     }
 
 

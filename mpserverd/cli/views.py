@@ -106,9 +106,10 @@ def workers_view(report: list[dict[str, Any]], out: TextIO) -> None:
 
 
 def clients_view(report: list[dict[str, Any]], out: TextIO, rows_max: int) -> None:
-    titles = ("connected", "packets", "packets/s", "gaps", "p50 ms", "p99 ms", "max ms", "at risk")
-    words = ("stream", "peer", "worker", "state")
-    table = Table("", (*(Column(word) for word in words), *(Column(title, number=True) for title in titles)))
+    titles = ("connected", "packets", "packets/s", "gaps", "p50 ms", "p99 ms", "max ms")
+    words = ("stream", "peer", "worker", "state", "level")
+    columns = (*(Column(word) for word in words), *(Column(title, number=True) for title in titles), Column("at risk"))
+    table = Table("", columns)
     for client in report:
         latency = client["latency_ms"]
         table.add(
@@ -116,12 +117,13 @@ def clients_view(report: list[dict[str, Any]], out: TextIO, rows_max: int) -> No
             client["peer"],
             "-" if client["worker"] is None else str(client["worker"]),
             next((word for word in ("paused", "blocked") if client[word]), client["state"]),
+            client["level"],
             duration_text(client["connected_s"]),
             count_text(client["packets"]),
             f"{client['packets_per_s']:,.0f}",
             count_text(client["gaps"]),
             *(ms_text(latency[name]) for name in ("p50", "p99", "max")),
-            human_bytes(client["at_risk_bytes"]),
+            client["at_risk"],
         )
     print_table(table, out, rows_max)
     noun = "connection" if len(report) == 1 else "connections"

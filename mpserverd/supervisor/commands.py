@@ -132,6 +132,7 @@ class Commands:
             "limits": {"clients": core.clients_max, "chunks": core.arena.count, "chunk_bytes": core.arena.chunk_bytes},
             "slots": {"supervisor": SUPERVISOR_SLOT, "storer": STORER_SLOT, "first_worker": FIRST_WORKER_SLOT},
             "spool": core.config.spool.path,
+            "sync": str(core.config.spool.sync),
             "listeners": self._listener_facts(),
             "clients": [client.id for client in core.config.clients],
             "workers": [_child_facts(child) for child in self._children.workers()],

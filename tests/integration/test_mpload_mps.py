@@ -228,6 +228,36 @@ def test_the_daemon_acknowledges_everything_through_the_deaths_of_its_processes(
     assert hashlib.sha256(content).hexdigest() == client["sha256"]
 
 
+def test_clients_says_what_each_one_is_promised_and_what_is_at_risk(tmp_path: pathlib.Path) -> None:
+    """With the storer standing still an mps client keeps what it sent, and a raw one may lose it."""
+    listeners = [LISTENER, {"name": "raw", "address": "127.0.0.1:0"}]
+    with Daemon(tmp_path, {"listener": listeners}) as daemon:
+        storer = daemon.pid_of("storer")
+        mps = begin(daemon.port("mps"), "--clients", "1", "--duration", "3")
+        raw = start(daemon.port("raw"), "--clients", "1", "--duration", "3")
+        daemon.wait_for(lambda: daemon.account("acked_bytes") > 0 and len(daemon.clients()) == 2)
+        os.kill(storer, signal.SIGSTOP)
+        try:
+            daemon.wait_for(
+                lambda: all(
+                    (client["unacked_bytes"] or client["at_risk_bytes"]) > 20_000 for client in daemon.clients()
+                ),
+                what="packets that are not durable",
+            )
+            found = {client["listener"]: client for client in daemon.clients()}
+            table = daemon.ctl("clients").stdout
+        finally:
+            os.kill(storer, signal.SIGCONT)
+        reports = finish(mps), finish(raw)
+    kept = found["mps"]["unacked_bytes"]
+    assert (found["mps"]["level"], found["mps"]["at_risk_bytes"]) == ("durable", 0) and kept > 0
+    assert found["mps"]["at_risk"] == f"0: the client keeps {kept} bytes"
+    assert (found["raw"]["level"], found["raw"]["unacked_bytes"]) == ("raw", None)
+    assert found["raw"]["at_risk"] == f"raw: up to {found['raw']['at_risk_bytes']} bytes"
+    assert found["raw"]["at_risk_bytes"] > 0 and "0: the client keeps " in table and "raw: up to " in table
+    assert reports[0]["packets_acked"] == 30_150 and reports[0]["ack_latency_ms"]["max"] > 100
+
+
 def test_clients_go_on_after_a_stop_and_a_start(tmp_path: pathlib.Path) -> None:
     """The daemon says goodbye, and finds the streams again: not a packet is lost, none is there twice."""
     listener = {**LISTENER, "address": f"127.0.0.1:{free_port()}"}

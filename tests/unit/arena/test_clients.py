@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from mpserverd.arena.clients import clients, peer_text
 from mpserverd.arena.latency import bucket_index
 from mpserverd.arena.state import Con, ConnectionFlag, ConnectionState, Str, StreamFlag
+from mpserverd.cli.views import clients_view
 from tests.unit.arena.live_tables import PEER_HIGH, PEER_LOW, Tables
 
 DESIGN_CLIENT = [
@@ -74,19 +77,62 @@ def test_bytes_at_risk_fall_to_nothing_when_they_are_durable(tables: Tables) -> 
     tables.connect(0, stream)
     stream.receive(320)
     (found,) = clients(tables.live())
-    assert (found["at_risk_bytes"], found["level"]) == (320, "raw: up to 320 bytes at risk")
+    assert (found["at_risk_bytes"], found["at_risk"]) == (320, "raw: up to 320 bytes")
     stream.offer()
     stream.write()
     stream.commit()
     (found,) = clients(tables.live())
-    assert (found["at_risk_bytes"], found["level"]) == (0, "raw: up to 0 bytes at risk")
+    assert (found["at_risk_bytes"], found["at_risk"]) == (0, "raw: up to 0 bytes")
+    assert (found["level"], found["unacked_bytes"]) == ("raw", None)
+
+
+def mps_client(tables: Tables, sync: str, received: int, acked: int) -> dict[str, Any]:
+    tables.facts["sync"] = sync
+    tables.facts["listeners"]["1"]["protocol"] = "mps"
+    stream = tables.open(0, name="pump-7", flags=StreamFlag.STORE | StreamFlag.NAMED | StreamFlag.MPS)
+    tables.connect(0, stream)
+    stream.receive(received)
+    stream.words[Str.ACKED] = acked
+    (found,) = clients(tables.live())
+    return found
+
+
+def test_what_an_mps_client_was_not_told_is_not_at_risk_because_it_keeps_it(tables: Tables) -> None:
+    found = mps_client(tables, "durable", 320, 48)
+    assert (found["level"], found["at_risk_bytes"], found["unacked_bytes"]) == ("durable", 0, 272)
+    assert found["at_risk"] == "0: the client keeps 272 bytes"
+
+
+def test_an_mps_client_that_was_told_everything_says_so(tables: Tables) -> None:
+    assert mps_client(tables, "durable", 320, 320)["at_risk"] == "0: everything is acknowledged"
+
+
+def test_an_acknowledgement_without_sync_is_called_stored_and_its_risk_is_named(tables: Tables) -> None:
+    found = mps_client(tables, "none", 320, 320)
+    assert (found["level"], found["at_risk"]) == ("stored", "what is not synced; everything is acknowledged")
+
+
+def test_an_mps_client_that_waits_for_its_stream_has_its_level_already(tables: Tables) -> None:
+    tables.facts["listeners"]["1"]["protocol"] = "mps"
+    tables.connect(0, None)
+    (found,) = clients(tables.live())
+    assert (found["level"], found["at_risk"], found["unacked_bytes"]) == ("durable", "nothing read yet", 0)
+
+
+def test_the_table_shows_level_and_risk_of_each_client(tables: Tables) -> None:
+    out = io.StringIO()
+    clients_view([mps_client(tables, "durable", 320, 0)], out, 0)
+    header, row, _ = out.getvalue().splitlines()
+    assert header.split()[:6] == ["stream", "peer", "worker", "state", "level", "connected"]
+    assert header.endswith("at risk") and row.endswith("0: the client keeps 320 bytes") and " durable " in row
 
 
 def test_a_stream_that_is_not_stored_says_so(tables: Tables) -> None:
     stream = tables.open(0, flags=StreamFlag(0))
     tables.connect(0, stream)
     stream.receive(320)
-    assert clients(tables.live())[0]["level"] == "raw: not stored"
+    (found,) = clients(tables.live())
+    assert (found["at_risk"], found["at_risk_bytes"]) == ("raw: not stored", 0)
 
 
 def test_latency_is_read_from_the_streams_histogram(tables: Tables) -> None:
