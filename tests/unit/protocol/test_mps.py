@@ -8,6 +8,7 @@ random inputs, ``MPSERVERD_TEST_SEED`` repeats a run.
 from __future__ import annotations
 
 import os
+import pathlib
 import random
 import re
 import sys
@@ -429,3 +430,24 @@ def test_random_answers_are_read_as_the_grammar_says_however_they_are_cut() -> N
         count += 2
         good += len(expected[0])
     assert good > count // 4, "the random answers are too bad to test what is good"
+
+
+# -- the manual says the same
+
+
+def rows_of_the_manual(heading: str) -> dict[str, list[str]]:
+    """Tables below a heading of docs/protocol.md: the first cell's word and the other cells."""
+    text = (pathlib.Path(__file__).resolve().parents[3] / "docs" / "protocol.md").read_text()
+    section = re.split(r"^##+ ", text.split(f"\n### {heading}\n")[1], flags=re.MULTILINE)[0]
+    rows = re.findall(r"^\| `([a-z-]+)` \|(.*)\|$", section, re.MULTILINE)
+    return {word: [cell.strip() for cell in cells.split("|")] for word, cells in rows}
+
+
+def test_the_manual_has_every_code_and_whether_it_is_final() -> None:
+    listed = {word: cells[0] for word, cells in rows_of_the_manual("Refusal: ERR").items()}
+    assert listed == {code.value: "yes" if code.is_final else "no" for code in mps.ErrorCode}
+
+
+def test_the_manual_has_every_reason_and_level() -> None:
+    assert list(rows_of_the_manual("The end: BYE")) == [reason.value for reason in mps.ByeReason]
+    assert list(rows_of_the_manual("OK, packets, ACK")) == [level.value for level in mps.Level]
