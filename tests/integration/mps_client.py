@@ -1,7 +1,7 @@
 """A client of MPS/1, written from the grammar and with no code of the project: an oracle for tests.
 
-It numbers its packets, keeps none of them (each can be made again from its index), goes on wherever OK says, and insists on
-what the protocol promises: OK and ACK never go back within an epoch, and never beyond what was sent.
+It numbers its packets, keeps none of them (each can be made again from its index), goes on where OK says, and
+insists on what the protocol promises: OK and ACK never go back within an epoch, and never beyond what was sent.
 """
 
 from __future__ import annotations
