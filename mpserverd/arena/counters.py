@@ -123,6 +123,8 @@ COUNTERS: tuple[Counter, ...] = (
         f"Until the disk is full at the rate of the last minutes; {NEVER_S} for not at all.",
         gauge=True,
     ),
+    Counter(_D, 15, "full_begun", "times", "Times that the spool became full."),
+    Counter(_D, 16, "full_over", "times", "Times that it had room again."),
 )
 
 

@@ -44,7 +44,8 @@ class Failures:
         self._limiter = RateLimiter(60.0, 10)
         self.catalog_retry_s = 0.0
         """Until then the catalog is not tried again."""
-        self._full = bool(desk.counters.get("full"))  # a predecessor may have said it
+        self._full = desk.counters.get("full_begun") > desk.counters.get("full_over")  # a predecessor said it
+        desk.counters.set("full", int(self._full))
         self._full_since_s = self._refused_s = time.monotonic()
         self._why = ""
         """What was refused since the last look and not yet said."""
@@ -106,6 +107,7 @@ class Failures:
         self._full = True
         self._full_since_s = time.monotonic()
         desk.counters.set("full", 1)
+        desk.counters.add("full_begun")
         desk.note(
             logger,
             logging.ERROR,
@@ -113,7 +115,6 @@ class Failures:
             MessageId.SPOOL_FULL,
             free_bytes=desk.space.free_bytes,
             min_free_bytes=desk.space.min_free_bytes,
-            spool_bytes=desk.counters.get("spool_bytes"),
             why=why,
             next=f"free space on the file system of {desk.streams_path}, or lower [spool] max_bytes or max_age_s",
         )
@@ -132,6 +133,7 @@ class Failures:
             return
         self._full = False
         desk.counters.set("full", 0)
+        desk.counters.add("full_over")
         desk.note(
             logger,
             logging.WARNING,

@@ -2,49 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import pathlib
-import shutil
-import subprocess
-from collections.abc import Iterator
 
 import pytest
 
 from tests.integration import senders
+from tests.integration.disks import MIB, fill, mounted, used_bytes
 from tests.integration.driver import Daemon, connect
 from tests.integration.oracle import sent_digests, stored_digests, stored_streams
 
 pytestmark = pytest.mark.root
-
-MIB = 1 << 20
-
-
-@contextlib.contextmanager
-def mounted(tmp_path: pathlib.Path, kind: str, size_mib: int) -> Iterator[pathlib.Path]:
-    """A file system of its own below ``tmp_path``, gone afterwards."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root to mount a file system")
-    mount_point = tmp_path / kind
-    mount_point.mkdir()
-    if kind == "tmpfs":
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size_mib}m", "tmpfs", str(mount_point)]
-    else:
-        image = tmp_path / f"{kind}.img"
-        with image.open("wb") as file:
-            file.truncate(size_mib * MIB)
-        make = {"ext4": ["mkfs.ext4", "-q", "-m", "0"], "xfs": ["mkfs.xfs", "-q"]}[kind]
-        if shutil.which(make[0], path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None:
-            pytest.skip(f"not installed: {make[0]}; `make test` as root installs it")
-        subprocess.run([*make, str(image)], check=True, capture_output=True)
-        command = ["mount", "-o", "loop", str(image), str(mount_point)]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    if answer.returncode:
-        pytest.skip(f"cannot mount {kind} here: {answer.stderr.strip()}")
-    try:
-        yield mount_point
-    finally:
-        subprocess.run(["umount", "--lazy", str(mount_point)], check=True)
 
 
 def on(spool: pathlib.Path, **more: object) -> dict[str, object]:
@@ -118,20 +85,3 @@ def test_retention_keeps_a_small_disk_from_filling(tmp_path: pathlib.Path) -> No
         total = daemon.ledger()
         assert total["retired_bytes"] == stream.first_offset
         daemon.stop()
-
-
-def fill(disk: pathlib.Path) -> pathlib.Path:
-    """Take all space that is left; the file that has it."""
-    ballast = disk / "ballast"
-    with ballast.open("wb", buffering=0) as file:
-        for size in (MIB, 4096):
-            with contextlib.suppress(OSError):
-                while True:
-                    file.write(b"\0" * size)
-        with contextlib.suppress(OSError):
-            os.fsync(file.fileno())
-    return ballast
-
-
-def used_bytes(spool: pathlib.Path) -> int:
-    return sum(path.stat().st_blocks * 512 for path in (spool / "streams").rglob("*.seg"))
