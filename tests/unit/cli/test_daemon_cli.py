@@ -313,6 +313,7 @@ def test_second_start_is_refused_and_names_the_first(box: Background, monkeypatc
     monkeypatch.setattr("mpserverd.cli.pidfile._is_program", lambda name: True)
     assert box.start(serve) == 0
     try:
+        wait_until(lambda: is_free(box.pidfile.parent))  # the daemon closes its copy of the start's lock a moment later
         with pytest.raises(
             StartError, match=f"already running as process {box.pid()} .pidfile {box.pidfile}."
         ) as refused:
