@@ -1,4 +1,4 @@
-"""``mpserverctl streams``, ``read``, ``tail``, ``export`` and ``verify``: all that works on a spool, daemon or not.
+"""``mpserverctl streams``, ``read``, ``tail``, ``export``, ``verify`` and ``repair``: all that works on a spool.
 
 ``add_parsers`` declares their arguments, ``COMMANDS[name](args, out)`` runs one, writes to the text file ``out`` and
 returns the exit code. Errors are raised as MpserverdError, for the caller to print and to leave with. Of the caller's
@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, TextIO
 from rich.console import Console
 from rich.progress import Progress
 
+from mpserverd.cli import repair_command
 from mpserverd.cli.spool_output import check_lines, export_line, print_items, print_raw, stream_lines, total_line
 from mpserverd.errors import SpoolError, UsageError
 from mpserverd.streams.catalog_view import StreamSnapshot, all_streams, find_stream
@@ -51,7 +52,7 @@ DASHED_VALUE = re.compile(r"-\d+(\.\d+)?(ms|s|m|h|d|w)?$|-\d+:-?\d*$")
 
 
 def add_parsers(subparsers: Any) -> None:
-    """Add the five commands to ``ArgumentParser.add_subparsers()``."""
+    """Add the commands to ``ArgumentParser.add_subparsers()``."""
     streams = _parser(subparsers, "streams", "list the streams of a spool")
     streams.add_argument("pattern", nargs="?", metavar="PATTERN", help="only names like this, with * and ?")
     streams.add_argument("--all-epochs", action="store_true", help="older epochs too")
@@ -80,9 +81,15 @@ def add_parsers(subparsers: Any) -> None:
     jobs = min(4, os.cpu_count() or 1)
     verify.add_argument("--jobs", type=_jobs, default=jobs, metavar="N", help=f"files read at a time ({jobs})")
 
+    text = "make the catalog of a spool anew from its segments"
+    repair = _parser(
+        subparsers, "repair", text, f"{text.capitalize()}. The daemon must be stopped. Nothing is deleted."
+    )
+    repair_command.add_arguments(repair)
 
-def _parser(subparsers: Any, name: str, text: str) -> argparse.ArgumentParser:
-    description = f"{text.capitalize()}. Works without the daemon too."
+
+def _parser(subparsers: Any, name: str, text: str, description: str = "") -> argparse.ArgumentParser:
+    description = description or f"{text.capitalize()}. Works without the daemon too."
     parser: argparse.ArgumentParser = subparsers.add_parser(
         name, help=text, description=description, allow_abbrev=False
     )
@@ -205,6 +212,10 @@ def verify_command(args: argparse.Namespace, out: TextIO) -> int:
     return 0 if fine else 1
 
 
+def repair_spool_command(args: argparse.Namespace, out: TextIO) -> int:
+    return repair_command.run(_spool(args), args, out, as_json=_wants_json(args))
+
+
 def _guarded(command: Command) -> Command:
     """An operating fault is one line. A reader that went away (``| head``) is the caller's to pass over."""
 
@@ -239,6 +250,7 @@ COMMANDS: dict[str, Command] = {
     "tail": _guarded(tail_command),
     "export": _guarded(export_command),
     "verify": _guarded(verify_command),
+    "repair": _guarded(repair_spool_command),
 }
 
 

@@ -198,6 +198,24 @@ class Catalog:
         )
         return int(cursor.lastrowid or 0)
 
+    def restore_stream(self, record: StreamRecord, updated_unix_ns: int) -> int:
+        """Insert a row with the number that it had, if that is free; returns the one that it got."""
+        number = record.id if record.id and self.by_id(record.id) is None else None
+        names = [each.name for each in dataclasses.fields(record)]
+        values = [number, *dataclasses.astuple(record)[1:], updated_unix_ns]
+        cursor = self._connection.execute(
+            f"INSERT INTO stream({', '.join(names)}, updated_unix_ns) VALUES ({', '.join('?' * len(values))})", values
+        )
+        return int(cursor.lastrowid or 0)
+
+    def restore_segments(self, segments: Iterable[tuple[int, int, int | None, str, str | None, int | None]]) -> None:
+        """Whole rows."""
+        self._connection.executemany("INSERT OR REPLACE INTO segment VALUES (?, ?, ?, ?, ?, ?)", segments)
+
+    def settle(self) -> None:
+        """No log beside the file any more: it can be moved."""
+        self._connection.execute("PRAGMA journal_mode = DELETE")
+
     def remove_stream(self, stream: int) -> None:
         for table, column in (("hole", "stream"), ("segment", "stream"), ("stream", "id")):
             self._connection.execute(f"DELETE FROM {table} WHERE {column} = ?", (stream,))

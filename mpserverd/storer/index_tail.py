@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import os
 
+from mpserverd.limits import SEGMENT_BYTES_MAX
 from mpserverd.storer.segment_file import INDEX_PAIR, index_name
 
 _TAIL_BYTES = 64 * INDEX_PAIR.size
@@ -29,7 +30,8 @@ def read_tail(directory: str, first: int) -> list[int]:
         os.close(descriptor)
     pairs = list(INDEX_PAIR.iter_unpack(tail[: len(tail) - len(tail) % INDEX_PAIR.size]))
     offsets = [offset for offset, unix_ns in pairs if unix_ns]
-    return offsets if all(a <= b for a, b in itertools.pairwise(offsets)) else []
+    limits = [first, *offsets, first + SEGMENT_BYTES_MAX]
+    return offsets if all(a <= b for a, b in itertools.pairwise(limits)) else []
 
 
 def ahead(offsets: list[int], durable: int) -> list[int]:

@@ -24,7 +24,7 @@ from mpserverd.storer.accounts import GoneBlock
 from mpserverd.storer.advice import advice
 from mpserverd.storer.catalog import StreamRecord
 from mpserverd.storer.cutting import CUT_TOTAL, Cutting
-from mpserverd.storer.last_life import BOOT_KEY, CLOSED_KEY, SYNC_KEY, LastLife, boot_id, judge
+from mpserverd.storer.last_life import BOOT_KEY, CLOSED_KEY, SYNC_KEY, boot_id, judge
 from mpserverd.storer.live import Desk, LiveStream
 from mpserverd.storer.opening import Opening
 from mpserverd.storer.segment_file import rename_aside
@@ -50,7 +50,7 @@ class Recovery:
         desk, catalog = self._desk, self._desk.catalog
         meta, boot = catalog.meta(), boot_id()
         life = judge(meta, boot)
-        self._require_whole(life)
+        self._require_whole()
         desk.resting_bytes = catalog.segment_bytes()
         records = {record.id: record for record in catalog.streams()}
         firsts = catalog.segment_firsts()
@@ -66,12 +66,11 @@ class Recovery:
         desk.counters.set("cut_bytes", catalog.totals().get(CUT_TOTAL, 0))
         self._gone.compute(catalog, live, self._released_rows())
 
-    def _require_whole(self, life: LastLife) -> None:
+    def _require_whole(self) -> None:
         """A damaged page would show only when it is read, perhaps in the middle of a commit."""
-        if life is not LastLife.STOPPED:
-            fault = self._desk.catalog.first_fault()
-            if fault:
-                raise StartError(f"the catalog {self._desk.catalog.path} is damaged ({fault}); {NEXT_STEP}")
+        fault = self._desk.catalog.first_fault()
+        if fault:
+            raise StartError(f"the catalog {self._desk.catalog.path} is damaged ({fault}); {NEXT_STEP}")
 
     # -- rows
 

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from mpserverd import log
 from mpserverd.arena.state import Gone, Str
 from mpserverd.log import MessageId
+from mpserverd.storer import sidecar
 from mpserverd.storer.accounts import GoneBlock, named_totals, totals_of_record
 from mpserverd.storer.catalog import SegmentRecord, StreamRecord
 from mpserverd.storer.failures import Failures
@@ -211,12 +212,23 @@ class Retention:
         entry.first_offset = max(record.first_offset, left[0].first if left else record.durable)
         catalog.retire([(entry.first_offset, entry.bytes, record.id)])
         entry.whole = not left and not is_live and not record.named
+        if not left and not entry.whole:
+            self._note_start(record.id)
         if entry.whole:
             record = dataclasses.replace(record, retired=record.retired + entry.bytes)
             catalog.add_totals(named_totals(totals_of_record(record)))
             catalog.remove_stream(record.id)
             with contextlib.suppress(OSError):  # so that a directory with an identity and without a row is never this
                 os.unlink(os.path.join(self._desk.path_of(record.directory), IDENTITY_FILE))
+
+    def _note_start(self, stream: int) -> None:
+        """No segment says any more how far the stream was: its identity does, for repair."""
+        record = self._desk.catalog.by_id(stream)
+        if record is not None:
+            with contextlib.suppress(OSError):
+                path = self._desk.path_of(record.directory)
+                sidecar.put(path, sidecar.identity_of(record))
+                sidecar.sync(path)
 
     def _publish(self, entry: _Gone, stream: LiveStream | None) -> None:
         words = self._desk.state.words

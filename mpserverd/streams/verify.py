@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mpserverd.errors import DamageError
+from mpserverd.limits import SEGMENT_BYTES_MAX
 from mpserverd.streams.catalog_view import STREAMS_DIRECTORY, Segment, StreamSnapshot, stream_by_id
 from mpserverd.streams.extents import Extent, split_at_holes
 from mpserverd.streams.times import read_index
@@ -197,6 +198,8 @@ def check_index(path: Path, segment: Segment) -> Iterator[str]:
         yield f"{path} goes back"
     if int(offsets.min()) < segment.first:
         yield f"{path} begins at {int(offsets.min())}, before its segment"
+    if int(offsets.max()) > segment.first + SEGMENT_BYTES_MAX:
+        yield f"{path} names offset {int(offsets.max())}, which no segment that begins at {segment.first} holds"
 
 
 def _digest(descriptor: int, length: int) -> str:
