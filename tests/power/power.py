@@ -1,0 +1,213 @@
+"""Cuts the power of a running daemon, many times from one seed: ``power.py --kind ext4 --seed 7 --cuts 20``.
+
+A life under load is logged by its disk. Then, for many instants of that life: the disk as a cut there leaves it, a
+fresh daemon on it, and the same clients, standing where they stood at that instant. Everything that had been
+acknowledged must be there, in order, once; the clients go on, and at the end every stream is what was sent. Now and
+then a disk that was cut is lived on under load, and cut again.
+
+It makes namespaces of its own for mounts, processes and the network, so that nothing is left when it ends, however it
+ends. Prints a line for each cut; exits 1 at the first that lost something, 77 where this machine cannot do it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import os
+import pathlib
+import random
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+from tests.power.clients import Mark, Source
+from tests.power.crash import Fate
+from tests.power.disk import Disk, FileSystemKind
+from tests.power.life import KIB, Life, Plan
+
+CANNOT = 77
+CUTS_OF_A_LIFE = 8
+_INSIDE = "MPSERVERD_TEST_POWER_INSIDE"
+_SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = _parser().parse_args(arguments)
+    if os.environ.get(_INSIDE) != "1":
+        return _enter_namespaces(arguments)
+    _raise_loopback()
+    directory = pathlib.Path(tempfile.mkdtemp(prefix="mpsd-power-", dir="/dev/shm"))
+    try:
+        proof = Proof(FileSystemKind(options.kind), options.seed, directory, raw_only=options.raw)
+        proof.run(options.cuts)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=[kind.value for kind in FileSystemKind], required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--cuts", type=int, default=20)
+    parser.add_argument("--raw", action="store_true", help="clients without a protocol only")
+    return parser
+
+
+def _enter_namespaces(arguments: Sequence[str]) -> int:
+    """Run this program as the first process of fresh namespaces; everything in them ends with it."""
+    if os.geteuid() != 0:
+        print("needs root: it mounts file systems", file=sys.stderr)
+        return CANNOT
+    missing = [
+        program for program in ("unshare", "mkfs.ext4", "mkfs.xfs") if shutil.which(program, path=_path()) is None
+    ]
+    if missing or not os.path.exists("/dev/fuse") or not os.path.exists("/dev/loop-control"):
+        print(f"not here: {', '.join(missing) or '/dev/fuse or /dev/loop-control'}", file=sys.stderr)
+        return CANNOT
+    inside = ["unshare", "--mount", "--propagation=private", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    probe = subprocess.run([*inside, "true"], capture_output=True, text=True, check=False)
+    if probe.returncode:
+        print(f"namespaces cannot be made here: {probe.stderr.strip()}", file=sys.stderr)
+        return CANNOT
+    environment = {**os.environ, _INSIDE: "1", "PATH": _path()}
+    command = [*inside, sys.executable, __file__, *arguments]
+    return os.execvpe(inside[0], command, environment)  # does not return: who kills this process kills all of it
+
+
+def _path() -> str:
+    return f"{os.environ['PATH']}:/usr/sbin:/sbin"
+
+
+def _raise_loopback() -> None:
+    with socket.socket() as any_socket:
+        request = struct.pack("16sH14x", b"lo", 0)
+        (flags,) = struct.unpack_from("H", fcntl.ioctl(any_socket, _SIOCGIFFLAGS, request), 16)
+        fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", flags | _IFF_UP))
+
+
+class Proof:
+    """Everything that one seed does."""
+
+    def __init__(self, kind: FileSystemKind, seed: int, directory: pathlib.Path, *, raw_only: bool):
+        self._kind = kind
+        self._seed = seed
+        self._random = random.Random(f"{kind.value} {seed}")
+        self._directory = directory
+        self.plan = self._choose(raw_only=raw_only)
+        self._sources = [
+            Source(f"press-{number + 1}", size, seed * 100 + number)
+            for number, size in enumerate(self.plan.packet_sizes)
+        ]
+        self._cuts_done = 0
+
+    def _choose(self, *, raw_only: bool) -> Plan:
+        choose = self._random
+        count = choose.choice((1, 3, 6, 9))
+        raw = count if raw_only else choose.choice((0, 0, 1))
+        sizes = [16 if number < raw else choose.choice((16, 16, 24, 32, 7, 1000)) for number in range(count)]
+        return Plan(
+            packet_sizes=sizes,
+            raw=raw,
+            segment_bytes=choose.choice((64, 64, 128, 1024)) * KIB,
+            commit_interval_s=choose.choice((0.01, 0.05, 0.1)),
+            retained_bytes=choose.choice((0, 0, 256 * KIB)),
+            faults=choose.sample(("full", "storer", "worker"), choose.randrange(3)),
+        )
+
+    def run(self, cuts: int) -> None:
+        began_s = time.monotonic()
+        print(f"kind={self._kind.value} seed={self._seed} {self.plan}", flush=True)
+        life = self._live(Disk.fresh(self._kind, self._directory), [Mark()] * len(self._sources))
+        while self._cuts_done < cuts:
+            last = min(cuts, self._cuts_done + CUTS_OF_A_LIFE)
+            following = None
+            while self._cuts_done < last:
+                goes_on = self._cuts_done == last - 1 and last < cuts
+                following = self._cut(life, goes_on=goes_on)
+            if following is not None:
+                life.disk.close()
+                life = following
+        life.disk.close()
+        print(f"{self._cuts_done} cuts, nothing lost, {time.monotonic() - began_s:.1f} s", flush=True)
+
+    def _live(self, disk: Disk, marks: Sequence[Mark]) -> Life:
+        """A life under load that ends with kill -9 of everything."""
+        choose = self._random
+        with Life(self.plan, disk, self._directory, self._sources, marks) as life:
+            with self._explained(life):
+                life.take_up_raw()
+                life.go_on(random.Random(choose.random()), 8 << 20)
+                for fault in (*self.plan.faults, ""):
+                    life.run_for(choose.uniform(0.2, 0.8))
+                    life.promise_raw() if self.plan.raw else None
+                    self._break(life, fault)
+                life.run_for(choose.uniform(0.2, 0.8))
+            life.kill()
+        return life
+
+    def _break(self, life: Life, fault: str) -> None:
+        if fault in ("storer", "worker"):
+            life.kill_one(fault)
+
+    def _cut(self, life: Life, *, goes_on: bool) -> Life | None:
+        """One cut and what follows. With ``goes_on`` that is a life under load, to be cut again."""
+        choose = self._random
+        cut = life.disk.instant(choose.randrange(1, life.disk.instants()))
+        fate = choose.choice(list(Fate))
+        seed = choose.randrange(1 << 30)
+        marks = [client.at(cut.at_ns) for client in life.clients]
+        began_s = time.monotonic()
+        self._cuts_done += 1
+        print(
+            f"cut {self._cuts_done}: change {cut.position}, {cut.unsettled} unsynced, {fate.value}, "
+            f"{sum(mark.acked for mark in marks)} bytes acknowledged",
+            end="",
+            flush=True,
+        )
+        disk = life.disk.cut(cut.position, fate, seed)
+        if goes_on:
+            following = self._live(disk, marks)
+            print(", lived on", flush=True)
+            return following
+        with Life(self.plan, disk, self._directory, self._sources, marks) as after, self._explained(after):
+            after.take_up_raw()
+            after.go_on(None, choose.randrange(1, 200 * KIB))
+            after.run_until(lambda: self._all_done(after), "everything to be acknowledged")
+            for client in after.clients:
+                client.hang_up()
+            after.run_until(lambda: not any(client.is_connected for client in after.clients), "the server to close")
+            after.ctl("ledger")
+            after.ctl("verify")
+            after.stop()
+            compared = after.compare()
+        after.disk.close()
+        print(f", {compared} bytes compared, {time.monotonic() - began_s:.2f} s", flush=True)
+        return None
+
+    def _all_done(self, life: Life) -> bool:
+        if self.plan.raw and all(client.is_done for client in life.clients[self.plan.raw :]):
+            life.promise_raw()
+        return all(client.is_done for client in life.clients)
+
+    @contextlib.contextmanager
+    def _explained(self, life: Life) -> Iterator[None]:
+        """A failure says what to type to see it again, and what the daemon said."""
+        try:
+            yield
+        except BaseException:
+            print(f"\nFAILED: --kind {self._kind.value} --seed {self._seed} at cut {self._cuts_done}; {self.plan}")
+            print(life.log()[-8000:], flush=True)
+            raise
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
