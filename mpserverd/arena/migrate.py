@@ -12,7 +12,7 @@ then the bytes are copied. Of several chunks with one base the one with the high
 from __future__ import annotations
 
 import dataclasses
-import mmap
+import os
 
 import numpy as np
 import numpy.typing as npt
@@ -181,15 +181,16 @@ def _cut(
 
 
 def copy_chunks(old: ChunkMemory, plan: ChunkPlan, new: Arena) -> int:
-    """Copy the bytes, then fill in the table, which is fresh. Returns how many bytes went over."""
-    with (
-        mmap.mmap(old.data_fd, old.chunk_bytes * old.count, access=mmap.ACCESS_READ) as source,
-        memoryview(source) as data,
-    ):
-        for start, target, length in zip(
-            plan.sources.tolist(), plan.targets.tolist(), plan.lengths.tolist(), strict=True
-        ):
-            new.data[target : target + length] = data[start : start + length]
+    """Copy the bytes, then fill in the table, which is fresh. Returns how many bytes went over.
+
+    The kernel copies from file to file: through two mappings the same 128 MiB took twice to three times as long, most
+    of it page faults.
+    """
+    for source, target, length in zip(plan.sources.tolist(), plan.targets.tolist(), plan.lengths.tolist(), strict=True):
+        os.lseek(new.data_fd, target, os.SEEK_SET)
+        done = 0
+        while done < length:
+            done += os.sendfile(new.data_fd, old.data_fd, source + done, length - done)
     table, count = new.table, plan.count
     table.bases[:count] = plan.bases
     table.firsts[:count] = plan.firsts

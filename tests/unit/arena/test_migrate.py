@@ -42,7 +42,9 @@ class Tables:
 
 
 @contextmanager
-def tables(chunk_bytes: int, chunks: int, *, connections: int = 4, streams: int = 6, slots: int = 4) -> Iterator[Tables]:
+def tables(
+    chunk_bytes: int, chunks: int, *, connections: int = 4, streams: int = 6, slots: int = 4
+) -> Iterator[Tables]:
     state = StateTable.create(connections=connections, streams=streams, slots=slots)
     arena = Arena.create(size_bytes=chunk_bytes * chunks, chunk_bytes=chunk_bytes)
     yield Tables(state, arena)
