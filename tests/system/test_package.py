@@ -144,6 +144,7 @@ def test_journal_explains_its_lines(machine: Machine) -> None:
     ready = machine.entries("-u", UNIT, f"MESSAGE_ID={MessageId.DAEMON_READY.value}")
     assert ready[-1]["_SYSTEMD_UNIT"] == "mpserverd.service"
     assert "raw=0.0.0.0:8888" in ready[-1]["LISTENERS"]
+    assert "mps=0.0.0.0:8889" in ready[-1]["LISTENERS"]
     explained = machine.journal("-x", "-u", UNIT, f"MESSAGE_ID={MessageId.DAEMON_READY.value}")
     assert "Subject: mpserverd accepts connections" in explained
     assert "mpserverctl stats shows what arrives" in explained
@@ -255,10 +256,10 @@ def test_host_without_outbound_connections_is_served_with_half_a_point(machine: 
     drop_in = "/etc/systemd/system/mpserverd.service.d"
     machine.sh(f"""
         install -D -m 644 {example}/no-outbound.conf {drop_in}/no-outbound.conf
-        install -m 644 {example}/mpserverd.socket /etc/systemd/system/
+        install -m 644 {example}/*.socket /etc/systemd/system/
         systemctl daemon-reload
         systemctl stop mpserverd
-        systemctl enable --now mpserverd.socket
+        systemctl enable --now mpserverd.socket mpserverd-mps.socket
         systemctl start mpserverd
     """)
     assert exposure(machine) <= 0.5
@@ -266,9 +267,9 @@ def test_host_without_outbound_connections_is_served_with_half_a_point(machine: 
     machine.run("systemctl", "restart", UNIT)
     assert_serves(machine)
     machine.sh(f"""
-        systemctl stop mpserverd.socket mpserverd
-        systemctl disable mpserverd.socket
-        rm -r {drop_in} /etc/systemd/system/mpserverd.socket
+        systemctl stop mpserverd.socket mpserverd-mps.socket mpserverd
+        systemctl disable mpserverd.socket mpserverd-mps.socket
+        rm -r {drop_in} /etc/systemd/system/mpserverd.socket /etc/systemd/system/mpserverd-mps.socket
         systemctl daemon-reload
         systemctl start mpserverd
     """)

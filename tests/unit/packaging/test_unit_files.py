@@ -81,10 +81,10 @@ def test_every_value_has_a_reason() -> None:
 
 
 def test_example_without_outbound_listens_where_the_shipped_settings_do() -> None:
-    socket_unit = settings(NO_OUTBOUND / "mpserverd.socket")
-    listener = SHIPPED.listeners[0]
-    assert (socket_unit["FileDescriptorName"], socket_unit["ListenStream"]) == (listener.name, listener.address)
-    assert int(socket_unit["Backlog"]) == SHIPPED.server.backlog
+    for listener, name in zip(SHIPPED.listeners, ("mpserverd.socket", "mpserverd-mps.socket"), strict=True):
+        socket_unit = settings(NO_OUTBOUND / name)
+        assert (socket_unit["FileDescriptorName"], socket_unit["ListenStream"]) == (listener.name, listener.address)
+        assert int(socket_unit["Backlog"]) == SHIPPED.server.backlog
 
 
 def exposure(directory: pathlib.Path) -> float:
