@@ -66,9 +66,8 @@ def judge(hello: Hello, found: Found) -> int:
         return 0
     if hello.epoch is not None and hello.epoch != found.epoch:
         at = found.position // found.packet_size
-        raise HelloError(
-            ErrorCode.EPOCH, f"the stream is in epoch {found.epoch:016x} at packet {at}; new=1 begins anew"
-        )
+        here = f"the stream is in epoch {found.epoch:016x} at packet {at}" if at else "nothing of that epoch is kept"
+        raise HelloError(ErrorCode.EPOCH, f"{here}; new=1 begins anew")
     return max(found.position, (hello.first or 0) * hello.packet_size)
 
 

@@ -9,9 +9,11 @@ import os
 import pathlib
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from tests.integration.driver import Daemon
@@ -21,6 +23,7 @@ from tests.integration.test_supervisor_death import Unit
 
 SEED = int(os.environ.get("MPSERVERD_TEST_SEED", str(time.time_ns() % 10_000)))
 KILLS = int(os.environ.get("MPSERVERD_TEST_MPS_KILLS", "12"))
+ROOT = pathlib.Path(__file__).parents[2]
 MPS = {
     "server": {"restart_backoff_s_max": 0.1},
     "listener": {"name": "mps", "protocol": "mps", "packet_size": 0},
@@ -114,6 +117,35 @@ def test_supervisor_dies_and_mps_clients_go_on(tmp_path: pathlib.Path, clients: 
             unit.system.wait_ready(start=unit.system.kill())
         finish_and_compare(clients, unit.spool, SEED)
         assert [client.reconnects for client in clients] == [0] * len(clients), f"seed {SEED}"
+
+
+def test_the_c_client_goes_on_through_kills_and_a_dead_daemon(tmp_path: pathlib.Path) -> None:
+    program = tmp_path / "mps_client"
+    subprocess.run(["gcc", "-O2", "-o", program, ROOT / "contrib" / "mps_client.c"], check=True)
+    chance = random.Random(SEED)
+    daemon = Daemon(tmp_path, MPS)
+    try:
+        daemon.start()
+        port = daemon.port("mps")
+        daemon.settings["listener"][0]["address"] = f"127.0.0.1:{port}"
+        with subprocess.Popen([program, "-i", "c-1", "-n", "60000", "-r", "10050", f"127.0.0.1:{port}"]) as client:
+            for name in ("worker-0", "storer", "worker-1"):
+                time.sleep(chance.uniform(0.1, 0.5))  # the moment of death is the subject
+                daemon.kill(name)
+                daemon.wait_for(daemon.is_ready, what="the replacement")
+            for pid in daemon.pids():
+                os.kill(pid, signal.SIGKILL)
+            assert daemon.process is not None
+            daemon.process.wait()
+            daemon.start()
+            assert client.wait(30) == 0
+        daemon.wait_until_quiet()
+        (stream,) = stored_streams(daemon.spool)
+        numbers = np.frombuffer(stream.content, "<u8")[::2]
+        assert np.array_equal(numbers, np.arange(60_000, dtype=np.uint64)), f"seed {SEED}"
+        daemon.ledger()
+    finally:
+        daemon.discard()
 
 
 def test_stop_acknowledges_what_was_sent_and_says_goodbye(tmp_path: pathlib.Path, clients: list[MpsClient]) -> None:

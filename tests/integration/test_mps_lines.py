@@ -2,7 +2,7 @@
 
 The client here knows the grammar of that page and imports nothing of the protocol from the project. One daemon serves
 most tests; each uses client ids of its own, and after each one the ledger balances. ``MPSERVERD_TEST_SEED`` repeats
-random choices, ``MPSERVERD_TEST_MPS_RUBBISH`` is the number of bytes that are thrown at a listener.
+random choices.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from tests.integration.oracle import StoredStream, stored_streams
 from tests.integration.senders import payload
 
 SEED = int(os.environ.get("MPSERVERD_TEST_SEED", random.SystemRandom().randrange(2**32)))
-RUBBISH_BYTES = int(os.environ.get("MPSERVERD_TEST_MPS_RUBBISH", "1000000"))
 OK = re.compile(rb"OK (0|[1-9][0-9]*) (durable|stored) ([0-9a-f]{16})\n")
 ACK = re.compile(rb"ACK (0|[1-9][0-9]*)\n")
 BYE = re.compile(rb"BYE ([a-z-]+)(?: retry=([0-9]+))?\n")
