@@ -170,8 +170,11 @@ class Cycle:
                 continue
             parts += work.parts
             stream = work.stream
-            if now_s >= stream.index_due_s:
+            is_due = now_s >= stream.index_due_s
+            if is_due:
                 stream.index_due_s = now_s + interval_s * (1.0 + stream.row % 64 / 256)
+            # repair takes a stream to end with its last byte that is not zero, or where the index says
+            if is_due or self._writer.ends_in_zeros(work.parts[-1], stream.packet_size):
                 work.parts[-1].index_pair = (work.durable, work.end, now_unix_ns)
         total = sum(part.end - part.first for part in parts)
         if total >= THREADS_BYTES or (len(parts) > 1 and self._write_s > SLOW_WRITE_S):

@@ -77,6 +77,14 @@ class PartWriter:
             except OSError:
                 part.index_fd = -1  # the index is a help for people, no promise: the next pair is tried in its time
 
+    def ends_in_zeros(self, part: Part, packet_size: int) -> bool:
+        """Whether the last packet of a part that ends a cycle is nothing but zeros: the file cannot show that it is
+        there. Nearly always one look at its last bytes says no."""
+        for size in (min(8, packet_size), packet_size):
+            if b"".join(self._views(part, part.end - size, part.end)).strip(b"\0"):
+                return False
+        return True
+
     def _write(self, part: Part, scratch: Scratch) -> None:
         file = part.file
         if file.block == 1:

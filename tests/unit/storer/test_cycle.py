@@ -47,6 +47,25 @@ def test_packets_straddle_chunks_and_segments(make_rig: RigMaker, packet: int, s
     assert rig.free_chunks() == rig.arena.count
 
 
+@pytest.mark.parametrize("packet", [1, 16, 5000])
+def test_packets_of_zeros_at_the_end_are_always_in_the_index(rig: Rig, packet: int) -> None:
+    """A file cannot show them, and a repair without a catalog must not cut what was acknowledged."""
+    client = rig.fresh("peer", packet)
+    indexed = []
+    for zeros in (False, False, True):
+        first = client.sent
+        client.receive(2 * packet)
+        if zeros:
+            for at, length in client.window.pieces(first, client.sent):
+                client.window.data[at : at + length] = bytes(length)
+        client.offer()
+        rig.step()
+        assert client.word(Str.DURABLE) == client.sent
+        (path,) = (rig.spool / "streams" / "peer").glob("*.idx")
+        indexed.append(int.from_bytes(path.read_bytes()[-16:-8], "little"))
+    assert indexed == [2 * packet, 2 * packet, 6 * packet]
+
+
 EDGES = [1, 4095, CHUNK, CHUNK + 1, 2 * CHUNK, SEGMENT - 1, SEGMENT, SEGMENT + 1, 2 * SEGMENT]
 
 
