@@ -35,6 +35,7 @@ FIELDS = (
     "durable_bytes",
     "acked_bytes",
     "truncated_bytes",
+    "partial_bytes",
     "dropped_bytes",
     "lost_bytes",
     "retired_bytes",
@@ -85,7 +86,7 @@ class Equation:
 
 
 EQUATIONS = (
-    Equation(("socket_bytes",), "=", ("received_bytes", "truncated_bytes", "handshake_bytes")),
+    Equation(("socket_bytes",), "=", ("received_bytes", "truncated_bytes", "partial_bytes", "handshake_bytes")),
     Equation(("received_bytes",), "=", ("stored_bytes", "in_arena_bytes", "dropped_bytes", "unstored_bytes")),
     Equation(("position_bytes",), "=", ("received_bytes", "lost_bytes")),
     Equation(("stored_bytes",), ">=", ("durable_bytes",)),
@@ -182,7 +183,10 @@ def read_streams(state: StateTable, chunks: ChunkTable, rows: Rows, numbers: Int
     worker = state.streams[rows, :_STORER_AT].astype(np.int64)
     held = HeldChunks.read(chunks, numbers)
     valid = (state.streams[rows, Str.NUMBER].astype(np.int64) == numbers) & (worker[:, Str.NUMBER] == numbers)
-    position, stored_to = worker[:, Str.POSITION], storer[:, Str.STORED - _STORER_AT]
+    packet_sizes = np.maximum(worker[:, Str.PACKET_SIZE], 1)
+    # whole packets only: what a connection leaves of one at its end moves to truncated, and no account may fall
+    partial = worker[:, Str.POSITION] % packet_sizes
+    position, stored_to = worker[:, Str.POSITION] - partial, storer[:, Str.STORED - _STORER_AT]
     keeps = (worker[:, Str.FLAGS] & StreamFlag.STORE) != 0
     settled_to = np.where(keeps, stored_to, np.maximum(stored_to, worker[:, Str.OFFERED]))
     holes = Holes(worker)
@@ -194,7 +198,6 @@ def read_streams(state: StateTable, chunks: ChunkTable, rows: Rows, numbers: Int
     stored = stored_to - storer[:, Str.STORED_HOLES - _STORER_AT]
     durable = durable_words - durable_holes
     received = position - lost
-    packet_sizes = np.maximum(worker[:, Str.PACKET_SIZE], 1)
     checks = _check_records(worker)
     columns = {
         "socket_bytes": worker[:, Str.SOCKET],
@@ -203,6 +206,7 @@ def read_streams(state: StateTable, chunks: ChunkTable, rows: Rows, numbers: Int
         "durable_bytes": durable,
         "acked_bytes": storer[:, Str.ACKED - _STORER_AT],
         "truncated_bytes": worker[:, Str.TRUNCATED],
+        "partial_bytes": partial,
         "dropped_bytes": dropped,
         "lost_bytes": lost,
         "retired_bytes": storer[:, Str.RETIRED - _STORER_AT],

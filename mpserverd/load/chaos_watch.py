@@ -24,11 +24,8 @@ FACTS_S = 0.3
 """Soon, because whoever is stopped must be continued in time; it is asked again."""
 CTL_S = 30.0
 GROWING = ("total_connections", "total_packets", "total_bytes", "errors")
-GAUGES = frozenset({"in_arena_bytes", "at_risk_bytes", "holds", "forwarded_bytes"})
+GAUGES = frozenset({"in_arena_bytes", "partial_bytes", "at_risk_bytes", "holds", "forwarded_bytes"})
 """Accounts of the ledger that rise and fall; all others only rise."""
-TORN = ("total_bytes", "ledger received_bytes", "ledger position_bytes")
-"""These count the bytes of a packet that is not complete yet; when its connection ends there, they become truncated
-bytes. So each of them may fall by what ``truncated_bytes`` rises, and by no more."""
 FAULTS_MAX = 50
 
 
@@ -75,7 +72,6 @@ class Watch:
     def _compare(self, stats: dict[str, Any]) -> None:
         now = {name: int(stats[name]) for name in GROWING}
         now |= {f"ledger {name}": int(value) for name, value in stats["ledger"].items() if name not in GAUGES}
-        now |= {name: now[name] + int(stats["ledger"]["truncated_bytes"]) for name in TORN}
         for name, value in now.items():
             before = self._highest.get(name, 0)
             if value < before:
