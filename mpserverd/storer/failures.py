@@ -31,7 +31,7 @@ FULL_RETRY_S = 0.5
 FULL_OVER_S = 2.0
 """The disk is not full any more when nothing was refused for so long: one episode is one pair of lines."""
 CATALOG_RETRY_S = 0.2
-FAILED_RETRY_S_MIN, FAILED_RETRY_S_MAX = 0.1, 5.0
+FAILED_RETRY_S_MIN, FAILED_RETRY_S_MAX, FAILED_DOUBLINGS_MAX = 0.1, 5.0, 10
 """The first failure of a stream is tried again at once, in another file."""
 
 
@@ -174,7 +174,8 @@ class Failures:
         stream.failures += 1
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             stream.directory_synced = False  # whoever took it away: it is made again
-        wait_s = 0.0 if stream.failures == 1 else min(FAILED_RETRY_S_MAX, FAILED_RETRY_S_MIN * 2**stream.failures)
+        doublings = min(stream.failures, FAILED_DOUBLINGS_MAX)  # a disk may fail for days: no float holds 2**1024
+        wait_s = 0.0 if stream.failures == 1 else min(FAILED_RETRY_S_MAX, FAILED_RETRY_S_MIN * 2**doublings)
         self.retry_at[stream.row] = now_s + wait_s
 
     def _set_aside(self, stream: LiveStream, file: SegmentFile, durable: int) -> None:

@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import os
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from mpserverd import log
 from mpserverd.arena.state import Gone, Str
@@ -92,7 +92,7 @@ class Retention:
 
     def apply(self, now_s: float, now_unix_ns: int) -> int:
         """Retire what is too much. Returns the bytes given back."""
-        return self._try_retire([*self._too_old(now_unix_ns), *self._over_own_limit(now_s), *self._over_all()])
+        return self._try_retire(lambda: [*self._too_old(now_unix_ns), *self._over_own_limit(now_s), *self._over_all()])
 
     def excess(self, streams: Sequence[LiveStream]) -> list[Excess]:
         """Which of the streams hold more than they may, while their rows still say so."""
@@ -102,13 +102,13 @@ class Retention:
 
     def ended(self, excess: Sequence[Excess]) -> None:
         """These streams just left the table: nobody looks at them every second any more, so they are cut now."""
-        self._try_retire([segment for stream, over in excess for segment in self._oldest(stream, over)])
+        self._try_retire(lambda: [segment for stream, over in excess for segment in self._oldest(stream, over)])
 
-    def _try_retire(self, chosen: Sequence[SegmentRecord]) -> int:
-        if not chosen:
-            return 0
+    def _try_retire(self, choose: Callable[[], Sequence[SegmentRecord]]) -> int:
+        """Choosing reads the catalog, which may fail as writing to it may."""
         try:
-            return self._retire(chosen)
+            chosen = choose()
+            return self._retire(chosen) if chosen else 0
         except sqlite3.Error as error:
             self._failures.catalog_failed(error)
             return 0
@@ -130,12 +130,12 @@ class Retention:
         for stream, over in self.excess(list(desk.streams.values())):
             chosen += self._oldest(stream, over)
         if now_s >= self._next_all_s:
-            self._next_all_s = now_s + ALL_STREAMS_INTERVAL_S
             live = {stream.catalog_id for stream in desk.streams.values()}
             for record in desk.catalog.streams():
                 limit = self._limit(record.name, named=bool(record.named))
                 if limit and record.id not in live:
                     chosen += self._oldest(record.id, record.durable - record.first_offset - limit)
+            self._next_all_s = now_s + ALL_STREAMS_INTERVAL_S
         return chosen
 
     @property

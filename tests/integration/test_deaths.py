@@ -117,7 +117,7 @@ def test_while_the_storer_stands_still_packets_are_received(tmp_path: pathlib.Pa
             storer = daemon.kill("storer", signal.SIGSTOP)
             try:
                 client.sendall(content[16:])
-                daemon.wait_for(lambda: daemon.account("received_bytes") == len(content), what="all packets")
+                daemon.wait_for(lambda: daemon.account("socket_bytes") == len(content), what="all packets")
                 assert daemon.account("durable_bytes") == 16
             finally:
                 os.kill(storer, signal.SIGCONT)
@@ -158,7 +158,7 @@ def test_a_stream_that_may_drop_never_stalls_its_client_and_counts_what_it_dropp
         storer = daemon.kill("storer", signal.SIGSTOP)
         try:
             senders.finish([senders.socat(path, daemon.port(), 65_536)])
-            daemon.wait_for(lambda: daemon.account("received_bytes") == len(content), what="all packets")
+            daemon.wait_for(lambda: daemon.account("socket_bytes") == len(content), what="all packets")
         finally:
             os.kill(storer, signal.SIGCONT)
         daemon.wait_until_quiet()
@@ -190,7 +190,7 @@ def test_a_client_with_a_name_is_read_although_the_storer_stands_still(tmp_path:
         try:
             with connect(daemon.port()) as client:
                 client.sendall(content)
-                daemon.wait_for(lambda: daemon.account("received_bytes") == len(content), what="all packets")
+                daemon.wait_for(lambda: daemon.account("socket_bytes") == len(content), what="all packets")
                 assert daemon.clients()[0]["stream"].startswith("press-7.")
         finally:
             os.kill(storer, signal.SIGCONT)

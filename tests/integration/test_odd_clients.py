@@ -47,7 +47,7 @@ def test_what_was_received_before_a_reset_is_stored(tmp_path: pathlib.Path) -> N
     with Daemon(tmp_path, EXACT) as daemon:
         client = connect(daemon.port())
         client.sendall(content)
-        daemon.wait_for_total("received_bytes", len(content))
+        daemon.wait_for_total("socket_bytes", len(content))
         reset(client)
         daemon.wait_until_quiet()
         assert daemon.wait_for_total("durable_bytes", 8_000)["truncated_bytes"] == 3
@@ -153,7 +153,7 @@ def test_stalls_and_bursts_change_nothing(tmp_path: pathlib.Path) -> None:
             for cut in cuts:
                 client.sendall(content[sent:cut])
                 sent = cut
-                daemon.wait_for_total("received_bytes", sent)
+                daemon.wait_for_total("socket_bytes", sent)
         daemon.wait_until_quiet()
         daemon.wait_for_total("durable_bytes", len(content))
         assert stored_digests(daemon.spool) == sent_digests([content], 16)
@@ -256,7 +256,7 @@ def test_a_kicked_client_is_closed_and_its_packets_are_kept(tmp_path: pathlib.Pa
     with Daemon(tmp_path, EXACT) as daemon:
         with connect(daemon.port()) as client:
             client.sendall(content)
-            daemon.wait_for_total("received_bytes", len(content))
+            daemon.wait_for_total("socket_bytes", len(content))
             (entry,) = daemon.clients()
             daemon.ctl("kick", entry["stream"])
             assert is_refused(client)

@@ -59,7 +59,7 @@ def test_a_disk_filled_by_somebody_else_delays_and_loses_nothing(
             daemon.wait_for_total("durable_bytes", 160_000)
             ballast = fill(disk)
             client.sendall(content[160_000:])
-            daemon.wait_for(lambda: daemon.account("received_bytes") == len(content), what="all packets")
+            daemon.wait_for(lambda: daemon.account("socket_bytes") == len(content), what="all packets")
             daemon.wait_for(lambda: daemon.log_contains("full"), what="a line about the full disk")
             assert daemon.account("durable_bytes") < len(content)
             ballast.unlink()

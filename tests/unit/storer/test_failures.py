@@ -133,6 +133,17 @@ def test_a_failed_syncfs_counts_for_every_file_that_it_covered(
         rig.assert_stored(client)
 
 
+def test_a_stream_that_failed_for_days_is_still_tried_again_every_few_seconds(rig: Rig) -> None:
+    client = rig.fresh("peer", 16)
+    client.send(16_000)
+    rig.step()
+    rig.desk.streams[client.row].failures = 2000
+    break_file(rig, client)
+    client.send(16_000)
+    rig.step()
+    assert rig.counter("write_errors") == 1
+
+
 def test_a_failing_stream_does_not_stop_the_others(make_rig: RigMaker) -> None:
     rig = make_rig(chunks=128)
     clients = [rig.fresh(f"peer-{number}", 1) for number in range(6)]

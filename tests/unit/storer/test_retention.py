@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 import pathlib
+import sqlite3
 import time
 from collections.abc import Callable
+
+import pytest
 
 from mpserverd.arena.state import Gone, Str, StreamFlag, StreamState
 from mpserverd.config.schema import ClientConfig
@@ -51,6 +54,27 @@ def test_a_stream_keeps_its_newest_segments(make_rig: RigMaker) -> None:
     rig.restart()
     assert rig.gone(Gone.RETIRED_BYTES) == first
     assert rig.gone(Gone.DURABLE_BYTES) == client.sent
+
+
+def test_a_catalog_that_cannot_be_read_now_is_looked_at_again(
+    make_rig: RigMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = make_rig(segment_bytes=SEGMENT, max_bytes_per_stream=3 * SEGMENT)
+    client = rig.fresh("peer", 16)
+    client.send_all(10 * SEGMENT)
+    rig.steps(2)
+    before = client.word(Str.FIRST_OFFSET)
+
+    def fail(*_: object, **__: object) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    with monkeypatch.context() as patch:
+        for name in ("streams", "finished_segments", "segments"):
+            patch.setattr(rig.desk.catalog, name, fail)
+        rig.store.tick(rig.now_s)
+    assert client.word(Str.FIRST_OFFSET) == before
+    tick(rig)
+    assert client.sent - client.word(Str.FIRST_OFFSET) <= 3 * SEGMENT
 
 
 def test_a_client_may_have_a_limit_of_its_own(make_rig: RigMaker) -> None:
