@@ -86,6 +86,7 @@ class Client:
         self._next_s = 0.0
         self._leave_s = 0.0
         self._leaving = False
+        self._is_over = False
 
     # -- what it knows
 
@@ -129,7 +130,8 @@ class Client:
         if now_s < self._next_s:
             return
         if self._socket is None:
-            self._connect(selector, now_s)
+            if not self._is_over:
+                self._connect(selector, now_s)
         elif self._at >= 0 and not self._leaving:
             if self._habit is not None and now_s >= self._leave_s:
                 self._leave(selector, now_s)
@@ -192,7 +194,8 @@ class Client:
         self._next_s = now_s + self._habit.uniform(0.0, 0.3)
 
     def hang_up(self) -> None:
-        """Say that nothing more comes; the server acknowledges the rest and closes."""
+        """Say that nothing more comes, now or ever; the server acknowledges the rest and closes."""
+        self._is_over = True
         if self._socket is not None and not self._leaving:
             self._leaving = True
             with contextlib.suppress(OSError):

@@ -116,14 +116,13 @@ class Life:
                     os.kill(pid, signal.SIGKILL)
         self._process.wait()
 
-    def kill_one(self, name: str) -> None:
-        """``storer`` or ``worker``, if it can be found just now."""
+    def kill_a_child(self, choose: random.Random) -> None:
+        """SIGKILL to a worker or the storer."""
         assert self._process is not None
-        for pid in session_pids(self._process.pid):
-            with contextlib.suppress(OSError, ProcessLookupError):
-                if name in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().decode():
-                    os.kill(pid, signal.SIGKILL)
-                    return
+        children = [pid for pid in sorted(session_pids(self._process.pid)) if pid != self._process.pid]
+        if children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(choose.choice(children), signal.SIGKILL)
 
     # -- what happens in it
 

@@ -114,13 +114,14 @@ class Proof:
         count = choose.choice((1, 3, 6, 9))
         raw = count if raw_only else choose.choice((0, 0, 1))
         sizes = [16 if number < raw else choose.choice((16, 16, 24, 32, 7, 1000)) for number in range(count)]
+        segment_bytes = choose.choice((64, 64, 128, 1024)) * KIB
         return Plan(
             packet_sizes=sizes,
             raw=raw,
-            segment_bytes=choose.choice((64, 64, 128, 1024)) * KIB,
+            segment_bytes=segment_bytes,
             commit_interval_s=choose.choice((0.01, 0.05, 0.1)),
-            retained_bytes=choose.choice((0, 0, 256 * KIB)),
-            faults=choose.sample(("full", "storer", "worker"), choose.randrange(3)),
+            retained_bytes=choose.choice((0, 0, max(256 * KIB, 2 * segment_bytes))),
+            faults=("child",) * choose.randrange(3),
         )
 
     def run(self, cuts: int) -> None:
@@ -155,8 +156,8 @@ class Proof:
         return life
 
     def _break(self, life: Life, fault: str) -> None:
-        if fault in ("storer", "worker"):
-            life.kill_one(fault)
+        if fault == "child":
+            life.kill_a_child(self._random)
 
     def _cut(self, life: Life, *, goes_on: bool) -> Life | None:
         """One cut and what follows. With ``goes_on`` that is a life under load, to be cut again."""
