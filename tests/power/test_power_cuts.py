@@ -1,6 +1,6 @@
 """The power fails under load, and everything acknowledged is there: once, in order, and clients go on.
 
-The proof runs in processes of its own (power.py), in namespaces and on disks that go with it; failures say what to type.
+The proof runs in processes of its own (power.py), in namespaces and on disks that go with it.
 """
 
 from __future__ import annotations
