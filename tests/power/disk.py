@@ -18,6 +18,7 @@ import pathlib
 import select
 import socket
 import subprocess
+import time
 from typing import Any, NamedTuple
 
 from tests.power import fuse_protocol
@@ -27,6 +28,8 @@ from tests.power.volatile_files import VolatileFiles
 MIB = 1 << 20
 _IMAGE = "image"
 _MESSAGE_BYTES_MAX = 1 << 16
+
+UNMOUNT_S = 10.0
 
 
 class FileSystemKind(enum.Enum):
@@ -130,10 +133,18 @@ class Disk:
             return
         self._mounted = False
         if self.path != self._below:
-            subprocess.run(["umount", "-d", self.path], check=True)
+            self._unmount_patiently()
             self.path.rmdir()
         fuse_protocol.unmount(self._below)
         self._below.rmdir()
+
+    def _unmount_patiently(self) -> None:
+        """A process that was killed may still be on its way out of the kernel."""
+        deadline_s = time.monotonic() + UNMOUNT_S
+        while subprocess.run(["umount", "-d", self.path], capture_output=True, check=False).returncode:
+            if time.monotonic() > deadline_s:
+                raise AssertionError(f"{self.path} is busy after {UNMOUNT_S:g} s")
+            time.sleep(0.05)
 
     def close(self) -> None:
         self.unmount()
