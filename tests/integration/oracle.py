@@ -33,8 +33,11 @@ class StoredStream:
         return sha256(self.content)
 
 
-def stored_streams(spool: pathlib.Path) -> list[StoredStream]:
-    """Every stream of a spool, oldest first, after comparing files with what ``open_stream`` gives."""
+def stored_streams(spool: pathlib.Path, *, live: bool = False) -> list[StoredStream]:
+    """Every stream of a spool, oldest first, after comparing files with what ``open_stream`` gives.
+
+    ``live``: the daemon goes on writing, so that two looks see different ends; the files alone are read.
+    """
     with contextlib.closing(sqlite3.connect(f"file:{spool}/catalog.sqlite?mode=ro", uri=True)) as catalog:
         rows = catalog.execute(
             "SELECT id, name, epoch, directory, packet_size, first_offset, durable, truncated FROM stream ORDER BY id"
@@ -45,7 +48,7 @@ def stored_streams(spool: pathlib.Path) -> list[StoredStream]:
             pieces = [_read(spool / "streams" / directory, *extent) for extent in _between(holes, first, durable)]
             content = b"".join(pieces)
             streams.append(StoredStream(name, epoch, packet_size, first, durable, truncated, content))
-    for stream in streams:
+    for stream in streams if not live else ():
         through_api = api_bytes(spool, f"{stream.name}@{stream.epoch}")
         assert sha256(through_api) == stream.sha256, f"open_stream and the files of {stream.name} differ"
     return streams

@@ -69,13 +69,13 @@ class Site:
         assert stats["full"] is True
         assert stats["time_to_full_s"] == 0
 
-    def streams(self) -> dict[str, StoredStream]:
-        return {stream.name: stream for stream in stored_streams(self.daemon.spool)}
+    def streams(self, *, live: bool = False) -> dict[str, StoredStream]:
+        return {stream.name: stream for stream in stored_streams(self.daemon.spool, live=live)}
 
     def assert_acknowledged_is_stored(self) -> None:
         """At any moment: what a client was told is in the files."""
         told = {client.name: client.acked_bytes for client in self.mps}
-        streams = self.streams()
+        streams = self.streams(live=True)
         for client in self.mps:
             stream = streams[client.name]
             assert stream.durable >= told[client.name]
