@@ -27,11 +27,11 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.bench import baselines, readings  # noqa: E402
+from tests.bench import acknowledged, baselines, readings  # noqa: E402
 from tests.integration.driver import BIN, Daemon  # noqa: E402
 
 PACKET_BYTES = 16
-BATCH_PACKETS = 804
+BATCH_PACKETS = acknowledged.BATCH_PACKETS
 FIELDS = {"sequence": "<u8", "time": "<u8"}
 LAYOUT = {"sample16": {"size": PACKET_BYTES, "fields": FIELDS, "sequence": "sequence", "time": "time"}}
 FAST = {"receive_buffer_bytes": 0}
@@ -104,10 +104,13 @@ class Bench:
         finally:
             shutil.rmtree(home, ignore_errors=True)
 
-    def load(self, port: int, *, clients: int = 1, rate: float = 0.0, duration_s: float = 0.0) -> dict[str, Any]:
+    def load(
+        self, port: int, *, clients: int = 1, rate: float = 0.0, duration_s: float = 0.0, protocol: str = "raw"
+    ) -> dict[str, Any]:
         """Run mpload to its end; its results. Rate 0 is flat out."""
         report = self.directory / "load.json"
-        command = [*load_command(port, clients, rate, duration_s or self.duration_s), "--json", str(report)]
+        command = load_command(port, clients, rate, duration_s or self.duration_s)
+        command += ["--protocol", protocol, "--json", str(report)]
         answer = subprocess.run(command, capture_output=True, text=True, check=False)
         if answer.returncode:
             raise RuntimeError(f"mpload exited {answer.returncode}: {answer.stdout[-2000:]}{answer.stderr[-2000:]}")
@@ -129,6 +132,13 @@ class Bench:
         return Cost(cpu_s / sent * 1e9, storer_s / sent * 1e9, sent / wall_s)
 
     # -- the measurements
+
+    def acknowledged_rate(self) -> None:
+        acknowledged.rate(self, {"listener": acknowledged.LISTENER | FAST, "buffers": BIG})
+
+    def acknowledgement_latency(self) -> None:
+        more = {"server": {"max_clients": 1000}, "buffers": BIG}
+        acknowledged.latency(self, {"listener": acknowledged.LISTENER, **more})
 
     def cpu_of_one_client(self) -> None:
         """One flat-out client against socat and against a plain writer, round by round."""
@@ -221,6 +231,8 @@ def main() -> int:
         "connections": Bench.many_connections,
         "load": Bench.ordinary_load,
         "memory": Bench.memory_of_clients,
+        "acknowledged": Bench.acknowledged_rate,
+        "latency": Bench.acknowledgement_latency,
     }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=3, help="how often baselines and daemon alternate")
