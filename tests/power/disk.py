@@ -5,11 +5,15 @@ a loop device whose backing file is the only file there, so that the log holds e
 ``cut`` gives another disk, as the power cut left this one; mounting it replays the journal, as after any power cut. It
 may be asked for any number of instants of one disk's life.
 
+``split-ext4`` and ``split-xfs`` have the catalog on a disk of kind ``fuse`` and the streams on another: on one disk the
+commit of the catalog flushes the streams too, and would hide that nobody had synced them (seen).
+
 Needs root and a mount namespace of its own (power.py), so that nothing is left mounted whatever happens.
 """
 
 from __future__ import annotations
 
+import bisect
 import enum
 import gc
 import json
@@ -38,12 +42,16 @@ class FileSystemKind(enum.Enum):
     EXT4 = "ext4"
     XFS = "xfs"
     FUSE = "fuse"
+    SPLIT_EXT4 = "split-ext4"
+    SPLIT_XFS = "split-xfs"
 
 
 _MAKE = {
     FileSystemKind.EXT4: ["mkfs.ext4", "-q", "-m", "0", "-b", "4096", "-E", "nodiscard"],
     FileSystemKind.XFS: ["mkfs.xfs", "-q", "-K", "--unsupported", "-l", "size=8m"],
 }
+_STREAMS_ON = {FileSystemKind.SPLIT_EXT4: FileSystemKind.EXT4, FileSystemKind.SPLIT_XFS: FileSystemKind.XFS}
+SPOOL = pathlib.PurePath("spool")
 _IMAGE_BYTES = 96 * MIB
 """Small, so that a cut is made in milliseconds; xfs means more only for those who want its support."""
 
@@ -92,7 +100,7 @@ class Disk:
                 file.truncate(_IMAGE_BYTES)
             subprocess.run([*_MAKE[kind], str(image)], check=True, capture_output=True)
             disk._mount_image()
-        disk._ask(settle=True)
+        disk.settle()
         return disk
 
     def cut(self, position: int, fate: Fate, seed: int) -> Disk:
@@ -123,9 +131,22 @@ class Disk:
         """``position`` is below ``instants()``."""
         return Cut(**self._ask(instant=position))
 
+    def position(self, at_ns: int) -> int:
+        """How many changes there were before that time."""
+        return int(self._ask(before=at_ns)["position"])
+
+    def unsettled(self, position: int) -> int:
+        """How many of the first ``position`` changes no sync covers."""
+        return int(self._ask(unsettled=position)["unsettled"])
+
     def limit(self, capacity_bytes: int) -> None:
         """From now on files take at most so much together; 0 is no limit. For ``fuse`` only."""
         self._ask(capacity=capacity_bytes)
+
+    def settle(self) -> None:
+        """Everything up to now is on the disk, and its log begins here."""
+        subprocess.run(["sync", "--file-system", self.path], check=True)
+        self._ask(settle=True)
 
     def unmount(self) -> None:
         """The log stays, and may be cut."""
@@ -133,18 +154,10 @@ class Disk:
             return
         self._mounted = False
         if self.path != self._below:
-            self._unmount_patiently()
+            _unmount_patiently(self.path)
             self.path.rmdir()
         fuse_protocol.unmount(self._below)
         self._below.rmdir()
-
-    def _unmount_patiently(self) -> None:
-        """A process that was killed may still be on its way out of the kernel."""
-        deadline_s = time.monotonic() + UNMOUNT_S
-        while subprocess.run(["umount", "-d", self.path], capture_output=True, check=False).returncode:
-            if time.monotonic() > deadline_s:
-                raise AssertionError(f"{self.path} is busy after {UNMOUNT_S:g} s")
-            time.sleep(0.05)
 
     def close(self) -> None:
         self.unmount()
@@ -157,6 +170,76 @@ class Disk:
             raise RuntimeError("the server of a disk is gone")
         found: dict[str, Any] = json.loads(answer)
         return found
+
+
+class Pair:
+    """Two disks that lose their power at one instant. As a Disk; positions count the changes of both, one's first."""
+
+    def __init__(self, catalog: Disk, streams: Disk) -> None:
+        self._catalog = catalog
+        self._streams = streams
+        self.path = catalog.path
+        self._place = catalog.path / SPOOL / "streams"
+        subprocess.run(["mount", "--bind", streams.path / "streams", self._place], check=True)
+        self._mounted = True
+
+    @classmethod
+    def fresh(cls, kind: FileSystemKind, directory: pathlib.Path) -> Pair:
+        catalog, streams = Disk.fresh(FileSystemKind.FUSE, directory), Disk.fresh(kind, directory)
+        (catalog.path / SPOOL / "streams").mkdir(parents=True)
+        (streams.path / "streams").mkdir()
+        catalog.settle()
+        streams.settle()
+        return cls(catalog, streams)
+
+    def cut(self, position: int, fate: Fate, seed: int) -> Pair:
+        catalog_at, streams_at = self._positions(position)
+        return Pair(self._catalog.cut(catalog_at, fate, seed), self._streams.cut(streams_at, fate, seed + 1))
+
+    def instants(self) -> int:
+        return self._catalog.instants() + self._streams.instants()
+
+    def instant(self, position: int) -> Cut:
+        at_ns = self._at_ns(position)
+        both = zip((self._catalog, self._streams), self._positions(position), strict=True)
+        return Cut(position, at_ns, sum(disk.unsettled(at) for disk, at in both))
+
+    def _at_ns(self, position: int) -> int:
+        streams_at = position - self._catalog.instants()
+        disk, at = (self._catalog, position) if streams_at < 0 else (self._streams, streams_at)
+        return disk.instant(at).at_ns
+
+    def _positions(self, position: int) -> tuple[int, int]:
+        """What each had done by then."""
+        at_ns = self._at_ns(position)
+        return self._catalog.position(at_ns), self._streams.position(at_ns)
+
+    def unmount(self) -> None:
+        if self._mounted:
+            self._mounted = False
+            _unmount_patiently(self._place)
+            self._streams.unmount()
+            self._catalog.unmount()
+
+    def close(self) -> None:
+        self.unmount()
+        self._streams.close()
+        self._catalog.close()
+
+
+def fresh_disk(kind: FileSystemKind, directory: pathlib.Path) -> Disk | Pair:
+    """An empty one of any kind. Forks: only for a process with one thread."""
+    streams_on = _STREAMS_ON.get(kind)
+    return Disk.fresh(kind, directory) if streams_on is None else Pair.fresh(streams_on, directory)
+
+
+def _unmount_patiently(path: pathlib.Path) -> None:
+    """A process that was killed may still be on its way out of the kernel."""
+    deadline_s = time.monotonic() + UNMOUNT_S
+    while subprocess.run(["umount", "-d", path], capture_output=True, check=False).returncode:
+        if time.monotonic() > deadline_s:
+            raise AssertionError(f"{path} is busy after {UNMOUNT_S:g} s")
+        time.sleep(0.05)
 
 
 def _mount_below(directory: pathlib.Path) -> tuple[pathlib.Path, int]:
@@ -208,6 +291,10 @@ def _obey(files: VolatileFiles, control: socket.socket) -> bool:
             answer["length"] = len(files.log)
         case {"instant": position}:
             answer = Cut(position, files.log[position].at_ns, unsettled(files.log, position))._asdict()
+        case {"before": at_ns}:
+            answer["position"] = bisect.bisect_left(files.log, at_ns, key=lambda change: change.at_ns)
+        case {"unsettled": position}:
+            answer["unsettled"] = unsettled(files.log, position)
         case {"capacity": capacity_bytes}:
             files.capacity_bytes = capacity_bytes
         case {"cut": [position, fate, seed]}:

@@ -22,7 +22,7 @@ from typing import Any
 from tests.integration.driver import SLOWNESS, session_pids, to_toml
 from tests.integration.oracle import stored_streams
 from tests.power.clients import HOST, PORT_MPS, PORT_RAW, Client, Crowd, Mark, Source
-from tests.power.disk import Disk
+from tests.power.disk import SPOOL, Disk, Pair
 
 BIN = pathlib.Path(sys.executable).parent
 DEADLINE_S = 30.0
@@ -72,13 +72,18 @@ class Life:
     """A context: whatever happens, no process of the daemon is left and the disk is unmounted; its log remains."""
 
     def __init__(
-        self, plan: Plan, disk: Disk, directory: pathlib.Path, sources: Sequence[Source], marks: Sequence[Mark]
-    ):
+        self,
+        plan: Plan,
+        disk: Disk | Pair,
+        directory: pathlib.Path,
+        sources: Sequence[Source],
+        marks: Sequence[Mark],
+    ) -> None:
         self.plan = plan
         self.disk = disk
         self.log_path = directory / "daemon.log"
         self._directory = directory
-        self._spool = disk.path / "spool"
+        self._spool = disk.path / SPOOL
         self._socket_path = directory / "control.sock"
         self._process: subprocess.Popen[bytes] | None = None
         self.clients = [

@@ -30,7 +30,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from tests.power.clients import Mark, Source
 from tests.power.crash import Fate
-from tests.power.disk import Disk, FileSystemKind
+from tests.power.disk import Disk, FileSystemKind, Pair, fresh_disk
 from tests.power.life import KIB, Life, Plan
 
 CANNOT = 77
@@ -127,7 +127,7 @@ class Proof:
     def run(self, cuts: int) -> None:
         began_s = time.monotonic()
         print(f"kind={self._kind.value} seed={self._seed} {self.plan}", flush=True)
-        life = self._live(Disk.fresh(self._kind, self._directory), [Mark()] * len(self._sources))
+        life = self._live(fresh_disk(self._kind, self._directory), [Mark()] * len(self._sources))
         while self._cuts_done < cuts:
             last = min(cuts, self._cuts_done + CUTS_OF_A_LIFE)
             following = None
@@ -140,7 +140,7 @@ class Proof:
         life.disk.close()
         print(f"{self._cuts_done} cuts, nothing lost, {time.monotonic() - began_s:.1f} s", flush=True)
 
-    def _live(self, disk: Disk, marks: Sequence[Mark]) -> Life:
+    def _live(self, disk: Disk | Pair, marks: Sequence[Mark]) -> Life:
         """A life under load that ends with kill -9 of everything."""
         choose = self._random
         with Life(self.plan, disk, self._directory, self._sources, marks) as life:
