@@ -18,11 +18,12 @@ from typing import NamedTuple
 from mpserverd.config.schema import Sync
 from mpserverd.log import MessageId
 from mpserverd.log_text import RateLimiter
-from mpserverd.storer import filesystem, sidecar
+from mpserverd.storer import sidecar
 from mpserverd.storer.catalog import StreamRecord
 from mpserverd.storer.last_life import LastLife
 from mpserverd.storer.live import Desk
 from mpserverd.storer.segment_file import segment_name
+from mpserverd.storer.syncing import sync_whole
 from mpserverd.storer.tails import written_behind
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ class Cutting:
 
     def _cut(self, tails: Iterable[Tail], firsts: Mapping[int, set[int]]) -> None:
         """Durable before anybody is told that the stream is not connected. A file that cannot be cut stays as it is."""
-        changed = False
+        cut = ""
         for record, path, _ in tails:
             known = firsts.get(record.id, set())
             with contextlib.suppress(OSError):
@@ -101,10 +102,10 @@ class Cutting:
                 length = record.durable - max(known)
                 if os.stat(path).st_size > length:
                     os.truncate(path, length)
-                    changed = True
-        if changed and self._desk.spool.sync is Sync.DURABLE:
-            with contextlib.suppress(OSError):
-                filesystem.syncfs(self._desk.root)
+                    cut = path
+        if cut and self._desk.spool.sync is Sync.DURABLE:
+            with contextlib.suppress(OSError), open(cut, "rb") as file:
+                sync_whole(self._desk, file.fileno())
 
     def _say(self, tail: Tail) -> None:
         if not tail.bytes:

@@ -17,14 +17,14 @@ import numpy as np
 from mpserverd.arena.chunks import FREE
 from mpserverd.arena.state import Str, StreamFlag, StreamState
 from mpserverd.net.channel import Kind, Message
-from mpserverd.storer import filesystem, sampling
+from mpserverd.storer import sampling
 from mpserverd.storer.accounts import GoneBlock, checks_of_row, named_totals, totals_of_record, totals_of_row
 from mpserverd.storer.failures import Failures
 from mpserverd.storer.filesystem import WholeSync
 from mpserverd.storer.live import Desk, LiveStream
 from mpserverd.storer.retention import Retention
 from mpserverd.storer.segment_file import SegmentFile
-from mpserverd.storer.syncing import WHOLE_SYNC_FILES
+from mpserverd.storer.syncing import WHOLE_SYNC_FILES, sync_whole
 
 STREAMS_MAX = 500
 """Seen off at once (0.3 s); those that go on want to be stored meanwhile."""
@@ -142,7 +142,7 @@ class Leaving:
         if self._sync_wanted and files:
             if len(files) >= WHOLE_SYNC_FILES and desk.filesystem.whole_sync is not WholeSync.NONE:
                 with contextlib.suppress(OSError):
-                    filesystem.syncfs(desk.root)
+                    sync_whole(desk, files[0].fd)
             else:
                 for descriptor in [*(file.fd for file in files), *indexes]:
                     with contextlib.suppress(OSError):

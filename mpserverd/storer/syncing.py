@@ -52,17 +52,15 @@ class Syncing:
             return
         whole = self._desk.filesystem.whole_sync
         if count >= WHOLE_SYNC_FILES and whole is not WholeSync.NONE and time.monotonic() >= self._avoid_until_s:
-            self._sync_whole(works, whole, count)
+            self._sync_whole(works, count)
         else:
             self._sync_each(works, indexes)
 
-    def _sync_whole(self, works: Sequence[Work], whole: WholeSync, count: int) -> None:
+    def _sync_whole(self, works: Sequence[Work], count: int) -> None:
         began_s = time.monotonic()
         self._desk.counters.add("syncs")
         try:
-            filesystem.syncfs(self._desk.root)
-            if whole is WholeSync.SYNCFS_AND_FILE:
-                os.fdatasync(works[0].touched[0].fd)
+            sync_whole(self._desk, works[0].touched[0].fd)
         except OSError as error:
             for work in works:  # it covered them all, and does not say which failed
                 work.fail_sync(error, *work.touched)
@@ -106,6 +104,13 @@ class Syncing:
                     parent_synced = True
             except OSError as error:
                 work.fail_sync(error, work.begun[-1])
+
+
+def sync_whole(desk: Desk, descriptor: int) -> None:
+    """Make everything below ``streams`` durable; ``descriptor`` is of one of the files that were written or cut."""
+    filesystem.syncfs(desk.root)
+    if desk.filesystem.whole_sync is WholeSync.SYNCFS_AND_FILE:
+        os.fdatasync(descriptor)
 
 
 def _sync_quietly(descriptor: int) -> None:
