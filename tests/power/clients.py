@@ -102,6 +102,11 @@ class Client:
     def is_connected(self) -> bool:
         return self._socket is not None
 
+    @property
+    def is_served(self) -> bool:
+        """The server has answered it; for a raw one, taken it."""
+        return self.is_connected if self.is_raw else self.resumes > 0
+
     def set_habit(self, habit: random.Random | None) -> None:
         habit = self._habit = None if self.is_raw else habit  # a raw one would not know where to go on
         self._leave_s = time.monotonic() + (habit.uniform(0.1, 1.5) if habit is not None else 0.0)

@@ -31,14 +31,18 @@ KIB, MIB = 1 << 10, 1 << 20
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
-    """What one seed chose. ``raw`` of the clients have no protocol, the others speak MPS/1."""
+    """What one seed chose. ``raw`` of the clients have no protocol, the others speak MPS/1. ``kills`` of children."""
 
     packet_sizes: Sequence[int]
     raw: int
     segment_bytes: int
     commit_interval_s: float
     retained_bytes: int
-    faults: Sequence[str]
+    kills: int
+
+    def kept_bytes_min(self, durable: int) -> int:
+        """What retention leaves of a stream: it takes whole segments."""
+        return min(durable, self.retained_bytes - self.segment_bytes) if self.retained_bytes else durable
 
     def settings(self, spool: pathlib.Path, directory: pathlib.Path) -> dict[str, Any]:
         listeners: list[dict[str, Any]] = [
@@ -60,7 +64,7 @@ class Plan:
                 "path": str(spool),
                 "segment_bytes": self.segment_bytes,
                 "commit_interval_s": self.commit_interval_s,
-                "max_bytes": "64 MiB",
+                "max_bytes": 0,
                 "max_bytes_per_stream": self.retained_bytes,
                 "min_free_bytes": 0,
             },
@@ -90,6 +94,7 @@ class Life:
             Client(source, mark, None, is_raw=number < plan.raw, number=number)
             for number, (source, mark) in enumerate(zip(sources, marks, strict=True))
         ]
+        self.acked_at_start = sum(mark.acked for mark in marks)
         self.crowd = Crowd(self.clients)
 
     def __enter__(self) -> Life:
@@ -134,9 +139,7 @@ class Life:
     def run_until(self, condition: Callable[[], object], what: str, deadline_s: float = DEADLINE_S) -> None:
         deadline = time.monotonic() + deadline_s * SLOWNESS
         while not condition():
-            assert self._process is not None
-            if self._process.poll() is not None:
-                raise AssertionError(f"mpserverd exited {self._process.returncode}")
+            self._require_running()
             if time.monotonic() > deadline:
                 where = [(c.source.name, c.mark, c.target, c.is_connected) for c in self.clients]
                 raise AssertionError(f"waited {deadline_s:g} s for {what}: {where}")
@@ -145,7 +148,13 @@ class Life:
     def run_for(self, seconds: float) -> None:
         end_s = time.monotonic() + seconds
         while time.monotonic() < end_s:
+            self._require_running()
             self.crowd.turn()
+
+    def _require_running(self) -> None:
+        assert self._process is not None
+        if self._process.poll() is not None:
+            raise AssertionError(f"mpserverd exited {self._process.returncode}")
 
     def go_on(self, habit: random.Random | None, bytes_more: int) -> None:
         """Every client is to send so much more; with ``habit`` they come and go."""
@@ -163,13 +172,30 @@ class Life:
         for client in self.clients[: self.plan.raw]:
             client.go_on_from(found.get(client.source.name, 0))
 
+    def run_until_under_load(self) -> None:
+        """Every client is served, and something was acknowledged in this life."""
+        self.run_until(lambda: all(client.is_served for client in self.clients), "every client to be served")
+        self.run_until(self._is_anything_acknowledged, "something to be acknowledged")
+
+    def _is_anything_acknowledged(self) -> bool:
+        if self.plan.raw == len(self.clients):  # else asking would only delay the others
+            self.promise_raw()
+        return sum(client.mark.acked for client in self.clients) > self.acked_at_start
+
+    def is_all_acknowledged(self) -> bool:
+        """Raw clients are asked about when everything else is done: asking takes longer than sending."""
+        raw, others = self.clients[: self.plan.raw], self.clients[self.plan.raw :]
+        if all(client.is_done for client in others) and all(client.mark.sent >= client.target for client in raw):
+            self.promise_raw()
+        return all(client.is_done for client in self.clients)
+
     def durable(self) -> dict[str, int]:
         """What the daemon says."""
         answer = self.ctl("--json", "streams")
         return {stream["name"]: int(stream["durable_bytes"]) for stream in json.loads(answer)}
 
     def promise_raw(self) -> None:
-        found = self.durable()
+        found = self.durable() if self.plan.raw else {}
         for client in self.clients[: self.plan.raw]:
             client.promise(found.get(client.source.name, 0))
 
@@ -212,6 +238,8 @@ class Life:
             assert stream.durable >= mark.acked, f"{source.name} has {stream.durable}, {mark.acked} were acknowledged"
             assert stream.durable <= mark.sent, f"{source.name} has {stream.durable}, {mark.sent} were sent"
             assert stream.epoch == mark.epoch or client.is_raw, f"{source.name} has another epoch"
+            kept, wanted_bytes = stream.durable - stream.first_offset, self.plan.kept_bytes_min(stream.durable)
+            assert kept >= wanted_bytes, f"{source.name} has {kept} bytes from {stream.first_offset} on"
             wanted = source.content(stream.first_offset, stream.durable)
             if stream.content != wanted:
                 raise AssertionError(f"{source.name} differs {difference(stream.content, wanted, stream.first_offset)}")

@@ -2,8 +2,8 @@
 
 A life under load is logged by its disk. Then, for many instants of that life: the disk as a cut there leaves it, a
 fresh daemon on it, and the same clients, standing where they stood at that instant. Everything that had been
-acknowledged must be there, in order, once; the clients go on, and at the end every stream is what was sent. Now and
-then a disk that was cut is lived on under load, and cut again.
+acknowledged must be there, in order, once; the clients go on, and at the end every stream is what was sent. The last
+cut of a life is lived on under load and cut again; after LIVES_OF_A_DISK comes a fresh disk with another plan.
 
 It makes namespaces of its own for mounts, processes and the network, so that nothing is left when it ends, however it
 ends. Prints a line for each cut; exits 1 at the first that lost something, 77 where this machine cannot do it.
@@ -30,11 +30,16 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from tests.power.clients import Mark, Source
 from tests.power.crash import Fate
-from tests.power.disk import Disk, FileSystemKind, Pair, fresh_disk
+from tests.power.disk import Cut, Disk, FileSystemKind, Pair, fresh_disk
 from tests.power.life import KIB, Life, Plan
 
 CANNOT = 77
-CUTS_OF_A_LIFE = 8
+CUTS_OF_A_LIFE = 3
+LIVES_OF_A_DISK = 2
+SENT_BYTES_MAX = 32 << 20
+"""By all clients in one life: all lives of a disk fit on it."""
+INSTANTS_TRIED = 50
+LOSSY = [fate for fate in Fate if fate is not Fate.ALL_KEPT]
 _INSIDE = "MPSERVERD_TEST_POWER_INSIDE"
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
 
@@ -100,19 +105,29 @@ class Proof:
     def __init__(self, kind: FileSystemKind, seed: int, directory: pathlib.Path, *, raw_only: bool):
         self._kind = kind
         self._seed = seed
-        self._random = random.Random(f"{kind.value} {seed}")
         self._directory = directory
-        self.plan = self._choose(raw_only=raw_only)
+        self._raw_only = raw_only
+        self._cuts_done = 0
+        self._cuts_under_load = 0
+        self._unsettled = 0
+        self._acked = 0
+
+    def _plan_anew(self) -> None:
+        self._random = self._chooser("plan")
+        self.plan = self._choose()
         self._sources = [
-            Source(f"press-{number + 1}", size, seed * 100 + number)
+            Source(f"press-{number + 1}", size, self._seed * 100 + number)
             for number, size in enumerate(self.plan.packet_sizes)
         ]
-        self._cuts_done = 0
 
-    def _choose(self, *, raw_only: bool) -> Plan:
+    def _chooser(self, what: str) -> random.Random:
+        """The same choices in every run, however many were made of something else before."""
+        return random.Random(f"{self._kind.value} {self._seed} {what} {self._cuts_done}")
+
+    def _choose(self) -> Plan:
         choose = self._random
         count = choose.choice((1, 3, 6, 9))
-        raw = count if raw_only else choose.choice((0, 0, 1))
+        raw = count if self._raw_only else choose.choice((0, 0, 1))
         sizes = [16 if number < raw else choose.choice((16, 16, 24, 32, 7, 1000)) for number in range(count)]
         segment_bytes = choose.choice((64, 64, 128, 1024)) * KIB
         return Plan(
@@ -121,24 +136,35 @@ class Proof:
             segment_bytes=segment_bytes,
             commit_interval_s=choose.choice((0.01, 0.05, 0.1)),
             retained_bytes=choose.choice((0, 0, max(256 * KIB, 2 * segment_bytes))),
-            faults=("child",) * choose.randrange(3),
+            kills=choose.randrange(3),
         )
 
     def run(self, cuts: int) -> None:
         began_s = time.monotonic()
-        print(f"kind={self._kind.value} seed={self._seed} {self.plan}", flush=True)
-        life = self._live(fresh_disk(self._kind, self._directory), [Mark()] * len(self._sources))
+        print(f"kind={self._kind.value} seed={self._seed}", flush=True)
         while self._cuts_done < cuts:
-            last = min(cuts, self._cuts_done + CUTS_OF_A_LIFE)
+            self._plan_anew()
+            print(self.plan, flush=True)
+            self._use_up_a_disk(cuts)
+        assert self._cuts_under_load, "no cut took anything while something was acknowledged: nothing is proven"
+        print(
+            f"{self._cuts_done} cuts, nothing lost, {self._cuts_under_load} of them took changes; together "
+            f"{self._unsettled} unsynced, {self._acked} bytes acknowledged, {time.monotonic() - began_s:.1f} s",
+            flush=True,
+        )
+
+    def _use_up_a_disk(self, cuts: int) -> None:
+        life: Life | None = self._live(fresh_disk(self._kind, self._directory), [Mark()] * len(self._sources))
+        for lives_left in reversed(range(LIVES_OF_A_DISK)):
+            if life is None:
+                return
             following = None
+            first, last = self._cuts_done, min(cuts, self._cuts_done + CUTS_OF_A_LIFE)
             while self._cuts_done < last:
-                goes_on = self._cuts_done == last - 1 and last < cuts
-                following = self._cut(life, goes_on=goes_on)
-            if following is not None:
-                life.disk.close()
-                life = following
-        life.disk.close()
-        print(f"{self._cuts_done} cuts, nothing lost, {time.monotonic() - began_s:.1f} s", flush=True)
+                goes_on = self._cuts_done == last - 1 and last < cuts and lives_left > 0
+                following = self._cut(life, is_first=self._cuts_done == first, goes_on=goes_on)
+            life.disk.close()
+            life = following
 
     def _live(self, disk: Disk | Pair, marks: Sequence[Mark]) -> Life:
         """A life under load that ends with kill -9 of everything."""
@@ -146,31 +172,32 @@ class Proof:
         with Life(self.plan, disk, self._directory, self._sources, marks) as life:
             with self._explained(life):
                 life.take_up_raw()
-                life.go_on(random.Random(choose.random()), 8 << 20)
-                for fault in (*self.plan.faults, ""):
+                life.go_on(random.Random(choose.random()), min(8 << 20, SENT_BYTES_MAX // len(marks)))
+                life.run_until_under_load()
+                for _ in range(self.plan.kills):
                     life.run_for(choose.uniform(0.2, 0.8))
-                    life.promise_raw() if self.plan.raw else None
-                    self._break(life, fault)
-                life.run_for(choose.uniform(0.2, 0.8))
+                    life.promise_raw()
+                    life.kill_a_child(choose)
+                life.run_for(choose.uniform(0.4, 1.6))
             life.kill()
         return life
 
-    def _break(self, life: Life, fault: str) -> None:
-        if fault == "child":
-            life.kill_a_child(self._random)
-
-    def _cut(self, life: Life, *, goes_on: bool) -> Life | None:
+    def _cut(self, life: Life, *, is_first: bool, goes_on: bool) -> Life | None:
         """One cut and what follows. With ``goes_on`` that is a life under load, to be cut again."""
-        choose = self._random
-        cut = life.disk.instant(choose.randrange(1, life.disk.instants()))
-        fate = choose.choice(list(Fate))
+        choose = self._chooser("cut")
+        fate = choose.choice(LOSSY if is_first else list(Fate))
         seed = choose.randrange(1 << 30)
+        cut = self._instant(life, choose, under_load=is_first)
         marks = [client.at(cut.at_ns) for client in life.clients]
+        acked = sum(mark.acked for mark in marks)
         began_s = time.monotonic()
         self._cuts_done += 1
+        self._cuts_under_load += bool(fate in LOSSY and cut.unsettled and acked)
+        self._unsettled += cut.unsettled
+        self._acked += acked
         print(
             f"cut {self._cuts_done}: change {cut.position}, {cut.unsettled} unsynced, {fate.value}, "
-            f"{sum(mark.acked for mark in marks)} bytes acknowledged",
+            f"{acked} bytes acknowledged",
             end="",
             flush=True,
         )
@@ -182,7 +209,7 @@ class Proof:
         with Life(self.plan, disk, self._directory, self._sources, marks) as after, self._explained(after):
             after.take_up_raw()
             after.go_on(None, choose.randrange(1, 200 * KIB))
-            after.run_until(lambda: self._all_done(after), "everything to be acknowledged")
+            after.run_until(after.is_all_acknowledged, "everything to be acknowledged")
             for client in after.clients:
                 client.hang_up()
             after.run_until(lambda: not any(client.is_connected for client in after.clients), "the server to close")
@@ -194,10 +221,14 @@ class Proof:
         print(f", {compared} bytes compared, {time.monotonic() - began_s:.2f} s", flush=True)
         return None
 
-    def _all_done(self, life: Life) -> bool:
-        if self.plan.raw and all(client.is_done for client in life.clients[self.plan.raw :]):
-            life.promise_raw()
-        return all(client.is_done for client in life.clients)
+    def _instant(self, life: Life, choose: random.Random, *, under_load: bool) -> Cut:
+        """Any; ``under_load``: one at which something was acknowledged in this life, and something was not synced."""
+        for _ in range(INSTANTS_TRIED):
+            cut = life.disk.instant(choose.randrange(1, life.disk.instants()))
+            acked = sum(client.at(cut.at_ns).acked for client in life.clients)
+            if not under_load or (cut.unsettled and acked > life.acked_at_start):
+                break
+        return cut
 
     @contextlib.contextmanager
     def _explained(self, life: Life) -> Iterator[None]:
