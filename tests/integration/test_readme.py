@@ -17,10 +17,11 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_first_packets_are_stored_as_the_readme_says(tmp_path: pathlib.Path) -> None:
-    """Line by line in one shell, with other ports and another temporary directory, and it stops at the first failure."""
+    """Line by line in one shell, with other ports and another directory, and it stops at the first failure."""
     needs("nc", "bash", "make")
     (block,) = re.findall(r"run by a test -->\n```sh\n(.*?)```", README, re.DOTALL)
-    script = "set -eu\n" + block.replace("8888", str(free_port())).replace("8889", str(free_port()))
+    raw_port, mps_port = str(free_port()), str(free_port())
+    script = "set -eu\n" + block.replace("8888", raw_port).replace("8889", mps_port)
     process = subprocess.Popen(
         ["bash", "-c", script],
         cwd=ROOT,
