@@ -1,14 +1,15 @@
 """File descriptors: how many this process may have, and how many clients fit into them.
 
-A connection costs a descriptor in the supervisor, one in its worker and one in each message that carries it, all of
-them counted against the same limit by the kernel where they are in flight; hence four a client.
+No process holds more than one for a client. But the kernel holds those in flight, of all processes of the user, against
+the same limit, unless the sender has CAP_SYS_RESOURCE or CAP_SYS_ADMIN (too_many_unix_fds): a client is in two carriers
+while these are exchanged, and once in a worker's channel while it is handed over; hence three a client.
 """
 
 from __future__ import annotations
 
 import resource
 
-DESCRIPTORS_PER_CLIENT = 4
+DESCRIPTORS_PER_CLIENT = 3
 RESERVED_DESCRIPTORS = 1024
 RESERVED_DESCRIPTORS_MIN = 448
 """What the daemon itself needs at most: doorbells, channels, pidfds, control connections, listeners, open segments.

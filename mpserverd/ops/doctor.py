@@ -15,7 +15,7 @@ from mpserverd.ops.site import Site
 CHECKS = (
     Check("configuration", "whether it loads, and is what the daemon has", checks_daemon.configuration),
     Check("daemon", "whether it answers; children that are stuck, dead or replaced often", checks_daemon.daemon),
-    Check("descriptors", "open files against 4 x max_clients + 1,024", checks_host.descriptors),
+    Check("descriptors", "open files against 3 x max_clients + 1,024", checks_host.descriptors),
     Check("memory", "the buffers against MemAvailable, cgroup and MemoryMax", checks_host.memory),
     Check("kernel settings", "what `tune` wants, and what is cut because of it", checks_host.kernel_settings),
     Check("disk space", "free space and files against min_free_bytes and max_bytes", checks_disk.space),

@@ -11,7 +11,6 @@ from typing import Any
 
 from mpserverd import limits
 from mpserverd.errors import UsageError
-from mpserverd.net.fdlimit import DESCRIPTORS_PER_CLIENT, RESERVED_DESCRIPTORS
 from mpserverd.ops.tune import OPEN_FILES
 
 DAY_S = 86_400
@@ -104,7 +103,7 @@ def plan(demand: Demand) -> dict[str, Any]:
         "buffers_bytes": buffers,
         "burst_s": round((buffers - shares) / rate_bytes, 1),
         "memory_bytes": memory,
-        "descriptors": max(OPEN_FILES, DESCRIPTORS_PER_CLIENT * clients_max + RESERVED_DESCRIPTORS),
+        "descriptors": OPEN_FILES,
         "max_clients": clients_max,
         **cpu,
         "batch_wait_s": demand.batch / demand.rate,

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mpserverd.limits import CLIENTS_MAX
 from mpserverd.net.fdlimit import DESCRIPTORS_PER_CLIENT, RESERVED_DESCRIPTORS
 from mpserverd.ops import procfs
 from mpserverd.ops.site import Site
@@ -28,6 +29,7 @@ UNIT_DROP_IN = f"etc/systemd/system/mpserverd.service.d/{FILE_NAME}"
 LIMIT_ITEM = "nofile"
 LIMIT_WHO = ("_mpserverd", "@mpserverd")
 OPEN_FILES = 65536
+"""What the unit asks for too: enough for CLIENTS_MAX."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -87,13 +89,8 @@ def compare(site: Site, root: Path = Path("/")) -> list[Compared]:
     return [*found, _open_files(site, root)]
 
 
-def wanted_open_files(max_clients: int) -> int:
-    return max(OPEN_FILES, DESCRIPTORS_PER_CLIENT * max_clients + RESERVED_DESCRIPTORS)
-
-
 def _open_files(site: Site, root: Path) -> Compared:
-    clients = site.settings.server.max_clients
-    reason = f"{DESCRIPTORS_PER_CLIENT} a client and {RESERVED_DESCRIPTORS} more; {OPEN_FILES} at least"
+    reason = f"{DESCRIPTORS_PER_CLIENT} a client and {RESERVED_DESCRIPTORS} more, for {CLIENTS_MAX} clients and more"
     actual: int | None
     found = procfs.limits(site.proc, site.pids.get("supervisor", 0), "Max open files")
     if found is not None:
@@ -102,8 +99,7 @@ def _open_files(site: Site, root: Path) -> Compared:
         name, actual = "LimitNOFILE of the unit", number(site.unit.get("LimitNOFILE", ""))
     else:
         name, actual = "open files of this session", (procfs.limits(site.proc, "self", "Max open files") or (0, 0))[1]
-    wanted = wanted_open_files(clients)
-    return Compared(name, wanted, actual, "files", reason, _persistent_limit(root, wanted))
+    return Compared(name, OPEN_FILES, actual, "files", reason, _persistent_limit(root, OPEN_FILES))
 
 
 def _persistent_limit(root: Path, wanted: int) -> str:

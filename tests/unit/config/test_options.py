@@ -153,7 +153,7 @@ def test_sums_in_the_shipped_file_are_right() -> None:
     all_bytes_per_s = client_bytes_per_s * config.server.max_clients
     chunks = 2 * config.server.max_clients + 8 * config.server.workers
     assert f"{client_bytes_per_s:,} bytes/s a client, {all_bytes_per_s / 1e6:.0f} MB/s" in text
-    assert f"= {4 * config.server.max_clients + 1024:,} for LimitNOFILE" in text
+    assert f"= {3 * config.server.max_clients + 1024:,} for LimitNOFILE" in text
     assert f"= {chunks * config.buffers.chunk_bytes / (1 << 20):.0f} MiB" in text
     assert f"are {config.buffers.bytes / all_bytes_per_s:.1f} s" in text
     assert f"are {config.spool.segment_bytes // client_bytes_per_s} s of a client" in text

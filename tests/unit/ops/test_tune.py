@@ -76,17 +76,16 @@ def test_too_few_open_files_of_a_unit_get_a_drop_in_and_without_unit_a_file_of_l
     machine: Machine, tmp_path: Path
 ) -> None:
     root = tmp_path / "root"
-    machine.configure("[server]\nmax_clients = 19000\n[buffers]\nbytes = '4 GiB'\n")
-    machine.site.unit = {"LimitNOFILE": "65536"}
+    machine.site.unit = {"LimitNOFILE": "65535"}
     steps = tune.apply(machine.site, root)
-    assert (root / tune.UNIT_DROP_IN).read_text().endswith("[Service]\nLimitNOFILE=77024\n")
+    assert (root / tune.UNIT_DROP_IN).read_text().endswith("[Service]\nLimitNOFILE=65536\n")
     assert "daemon-reload" in steps[-1]["detail"]
     machine.site.unit = {}
     machine.write("proc/self/limits", LIMITS.format(1024, 4096))
     assert not tune.compare(machine.site, root)[-1].fine
     tune.apply(machine.site, root)
     limits = tune.parse_limits((root / tune.OWN_LIMITS_FILE).read_text())
-    assert limits == {"_mpserverd": 77_024, "@mpserverd": 77_024}
+    assert limits == dict.fromkeys(tune.LIMIT_WHO, 65_536)
     assert [step["what"] for step in tune.apply(machine.site, root)] == []
 
 

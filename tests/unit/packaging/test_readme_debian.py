@@ -6,7 +6,7 @@ import pathlib
 import re
 
 from mpserverd.config.load import load
-from mpserverd.limits import GIB
+from mpserverd.limits import CLIENTS_MAX, GIB
 from tests.unit.packaging.rendered import PARSERS, commands_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -22,7 +22,7 @@ def test_numbers_are_those_of_the_shipped_settings() -> None:
     files = int(
         (re.search(r"LimitNOFILE=(\d+)", (ROOT / "packaging/systemd/mpserverd.service").read_text()) or [0, 0])[1]
     )
-    assert f"{files:,} open files, enough for {(files - 1024) // 4:,} clients" in plain
+    assert f"{files:,} open files, enough for {min((files - 1024) // 3, CLIENTS_MAX):,} clients" in plain
 
 
 def test_commands_that_it_names_exist() -> None:

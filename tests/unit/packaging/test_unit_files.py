@@ -11,6 +11,7 @@ import pytest
 
 from mpserverd.cli import daemon
 from mpserverd.config.load import load
+from mpserverd.limits import CLIENTS_MAX
 from mpserverd.supervisor.control_server import OPERATORS_GROUP
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -39,9 +40,9 @@ def test_reload_checks_first_and_then_signals() -> None:
     assert [line.split()[-1] for line in lines] == ["--check-config", "$MAINPID"]
 
 
-def test_open_files_are_enough_for_the_shipped_settings_and_for_ten_thousand_clients() -> None:
+def test_open_files_are_enough_for_as_many_clients_as_can_be_configured() -> None:
     unit = int(settings()["LimitNOFILE"])
-    assert unit >= 4 * max(SHIPPED.server.max_clients, 10_000) + 1024
+    assert unit >= 3 * CLIENTS_MAX + 1024
     limits = (PACKAGING / "limits" / "60-mpserverd.conf").read_text()
     assert {int(number) for number in re.findall(r"nofile\s+(\d+)", limits)} == {unit}
 

@@ -24,7 +24,7 @@ def test_clients_that_fit_are_left_alone() -> None:
 
 def test_too_few_descriptors_lower_the_clients_and_say_both_numbers() -> None:
     fit = fit_clients(config(500), 2048)
-    assert fit.max_clients == (2048 - 1024) // 4
+    assert fit.max_clients == (2048 - 1024) // 3
     assert "2048" in fit.why
     assert "500" in fit.why
 
