@@ -25,7 +25,8 @@ TESTS ?= tests
 PYTEST ?=
 BENCH ?=
 # Beside the package itself: what other tests are built from.
-TYPED := packaging/demo.py tests/bench $(addprefix tests/integration/,driver.py oracle.py senders.py) tests/system/machine.py
+TYPED := packaging/demo.py tests/bench $(addprefix tests/integration/,driver.py oracle.py senders.py) \
+	$(addprefix tests/system/,machine.py live_clients.py)
 
 .PHONY: help setup run test lint bench deb test-system clean
 

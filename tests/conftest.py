@@ -12,7 +12,12 @@ import threading
 import time
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("project", deadline=None)
+hypothesis.settings.load_profile("project")
+"""Examples may take as long as a busy machine makes them: Hypothesis would fail one of 342 ms (seen)."""
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 """A shell starts what it runs in the background with SIGINT ignored, and every child inherits that: tests that press

@@ -36,6 +36,13 @@ def daemon_of_another_layout(directory: pathlib.Path) -> list[str]:
     """Its command, to be followed by options."""
     package = directory / "other" / "mpserverd"
     shutil.copytree(ROOT / "mpserverd", package, ignore=shutil.ignore_patterns("__pycache__"))
+    give_another_layout(package)
+    program = f"import sys; sys.path.insert(0, {str(package.parent)!r}); "
+    return [sys.executable, "-c", program + "from mpserverd.cli.daemon import main; sys.exit(main())"]
+
+
+def give_another_layout(package: pathlib.Path) -> None:
+    """Change the files of this copy of the package."""
     with (package / "arena/state.py").open("a") as state:
         state.write(_STATE)
     _replace(package / "arena/chunks.py", "TABLE_VERSION = 1", "TABLE_VERSION = 2")
@@ -45,8 +52,6 @@ def daemon_of_another_layout(directory: pathlib.Path) -> list[str]:
         'CHUNK_COLUMNS = ("words", "bases", "firsts", "serials")',
         'CHUNK_COLUMNS = ("bases", "serials", "words", "firsts")',
     )
-    program = f"import sys; sys.path.insert(0, {str(package.parent)!r}); "
-    return [sys.executable, "-c", program + "from mpserverd.cli.daemon import main; sys.exit(main())"]
 
 
 def _replace(path: pathlib.Path, old: str, new: str) -> None:

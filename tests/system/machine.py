@@ -94,7 +94,9 @@ class Machine:
     def _find_leader(self) -> bool:
         assert self._nspawn is not None
         if self._nspawn.poll() is not None:
-            raise AssertionError(f"the machine did not boot:\n{self.log_path.read_text(errors='replace')[-2000:]}")
+            raise AssertionError(
+                f"systemd-nspawn boots no machine here:\n{self.log_path.read_text(errors='replace')[-2000:]}"
+            )
         found = subprocess.run(
             ["pgrep", "-P", str(self._nspawn.pid), "-x", "systemd"], capture_output=True, text=True, check=False
         )
@@ -139,6 +141,15 @@ class Machine:
         """Start a command that goes on; its input and output are pipes."""
         return subprocess.Popen(
             ["nsenter", "-t", str(self._leader), "-a", "--", *ENVIRONMENT, *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def popen_outside(self, *command: str) -> subprocess.Popen[str]:
+        """Start a command of the host, which shares the machine's network and nothing else."""
+        return subprocess.Popen(
+            ["nsenter", "-t", str(self._leader), "-n", "--", *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
