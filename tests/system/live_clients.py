@@ -6,7 +6,7 @@ FAST clients send 4 MB/s each, STEADY ones 160,800 bytes/s, SLOW ones some packe
 Pieces are cut anywhere, hashed as the kernel takes them. Whatever the server says or closes before the end is a
 disconnect. Orders come by stdin, one word a line, and each is answered by a line of JSON:
 
-    mark   answered once every client has sent another piece: longest pause of any client since the last mark
+    mark   answered once every client has sent another piece: longest pause of any since the last mark, and what went wrong
     end    whole packets, FIN, and the server's FIN awaited: hash of every client's bytes, and what went wrong
 
 A pause is the time from the first byte that the kernel would not take to the next one that it took. Send buffers are
@@ -100,7 +100,7 @@ class Clients:
         while True:
             self._turn()
             if marked and all(each.pieces > was or each.failure for each, was in zip(self.all, marked, strict=True)):
-                self._answer(longest_pause_s=self._take_longest_pause())
+                self._answer(longest_pause_s=self._take_longest_pause(), failures=self._failures())
                 marked = []
             if not self._told:
                 continue
@@ -163,6 +163,9 @@ class Clients:
         self.poll.unregister(client.sock)
         client.sock.close()
 
+    def _failures(self) -> list[str]:
+        return [each.failure for each in self.all if each.failure]
+
     def _take_longest_pause(self) -> float:
         now_s = time.monotonic()
         present_s = [now_s - each.blocked_s for each in self.all if each.blocked_s and not each.failure]
@@ -185,7 +188,7 @@ class Clients:
         self._answer(
             digests=[each.digest.hexdigest() for each in self.all],
             sent_bytes=sum(each.sent_bytes for each in self.all),
-            failures=[each.failure for each in self.all if each.failure] + late,
+            failures=self._failures() + late,
         )
 
     def _answer(self, **answer: object) -> None:
