@@ -6,7 +6,7 @@ FAST clients send 4 MB/s each, STEADY ones 160,800 bytes/s, SLOW ones some packe
 Pieces are cut anywhere, hashed as the kernel takes them. Whatever the server says or closes before the end is a
 disconnect. Orders come by stdin, one word a line, and each is answered by a line of JSON:
 
-    mark   answered once every client has sent another piece: longest pause of any since the last mark, and what went wrong
+    mark   answered once each has sent another piece: longest pause of any since the last mark, and what went wrong
     end    whole packets, FIN, and the server's FIN awaited: hash of every client's bytes, and what went wrong
 
 A pause is the time from the first byte that the kernel would not take to the next one that it took. Send buffers are
