@@ -3,7 +3,7 @@
 Every message is a hint: the truth is in the shared tables, and each side can rebuild what a lost message said.
 Only the descriptor that ATTACH carries is more than a hint, and the supervisor keeps its own dup of that.
 
-Nothing here blocks: ``send`` answers False when the peer's queue is full, and the caller keeps the message.
+``send`` does not block: it answers False when the peer's queue is full, and the caller keeps the message.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import array
 import dataclasses
 import enum
 import json
+import select
 import socket
 import struct
 from typing import Any
@@ -99,6 +100,15 @@ class Channel:
         except BlockingIOError:
             return False
         return True
+
+    def await_room(self, timeout_s: float) -> None:
+        """Block until the peer's queue has room, the peer is gone or the time is over.
+
+        Not by select(): with 1,000 clients a child's channel has a number past its 1,023.
+        """
+        poll = select.poll()
+        poll.register(self._socket, select.POLLOUT)
+        poll.poll(timeout_s * 1000)
 
     def receive(self) -> Message | None:
         """The next message, or None when there is none now. Raises EOFError when the peer is gone."""

@@ -212,4 +212,4 @@ class Storer:
             elif time.monotonic() >= deadline_s:
                 return
             else:
-                select.select([], [self._channel.fileno()], [], LOOK_S)
+                self._channel.await_room(LOOK_S)

@@ -476,5 +476,5 @@ class Worker:
         self._send(Message(Kind.DRAINED))
         deadline_s = time.monotonic() + 1.0
         while self._unsent and time.monotonic() < deadline_s:
-            select.select([], [self._channel.fileno()], [], 0.1)
+            self._channel.await_room(0.1)
             self._flush()

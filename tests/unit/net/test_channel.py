@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import resource
+import socket
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -64,3 +68,31 @@ def test_the_end_of_the_peer_is_an_error_of_its_own(ends: tuple[Channel, Channel
         ends[1].receive()
     with pytest.raises(OSError, match="pipe"):
         ends[1].send(Message(Kind.READY))
+
+
+def drained(channel: Channel) -> None:
+    while channel.receive() is not None:
+        pass
+
+
+def test_room_is_awaited_on_a_number_that_is_past_those_of_select() -> None:
+    """With 1,000 clients the supervisor gives its next child such a number."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(2048, limit[1]), limit[1]))
+    near, far = Channel.pair()
+    try:
+        channel = Channel(socket.socket(fileno=fcntl.fcntl(near, fcntl.F_DUPFD_CLOEXEC, 1024)))
+        while channel.send(Message(Kind.DRAINED)):
+            pass
+        channel.await_room(0.01)
+        assert not channel.send(Message(Kind.DRAINED))
+        reader = threading.Thread(target=drained, args=(Channel(far),))
+        reader.start()
+        channel.await_room(60)
+        assert channel.send(Message(Kind.DRAINED))
+        reader.join()
+        channel.close()
+    finally:
+        near.close()
+        far.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
