@@ -222,7 +222,10 @@ def test_a_killed_process_that_still_runs_keeps_the_memory_where_it_is(
     found = store.hand_back()
     assert found.memory is not None
     state_fd = found.memory.state.fd
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[state_fd]) as process:
+    command, pipe = [sys.executable, "-c", "print(flush=True); input()"], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, pass_fds=[state_fd]) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # one that still loads its files may sleep in the kernel, which counts as still
         found.memory.state.tables["slots"][FIRST_WORKER_SLOT, Slot.PID] = process.pid
         monkeypatch.setattr(moving, "kill_leftovers", lambda pids, fd: [pid for pid in pids if pid])
         memory = Moving(found.memory, LARGER, store).settle()
