@@ -62,6 +62,8 @@ class Child:
     channel: Channel | None = None
     outbox: collections.deque[Message] = dataclasses.field(default_factory=collections.deque)
     rows: set[int] = dataclasses.field(default_factory=set)
+    listeners: frozenset[int] = frozenset()
+    """Ids of the listeners that it was told of at its fork; connections of others it cannot serve."""
     restarts: int = 0
     was_ready: bool = False
     wanted: bool = True
@@ -91,6 +93,10 @@ class Child:
     @property
     def takes_connections(self) -> bool:
         return self.role is Role.WORKER and self.state is ChildState.RUNNING and self.wanted
+
+    def takes(self, listener: int) -> bool:
+        """Connections of that listener; one that a reload has made or changed is for workers forked after it."""
+        return self.takes_connections and listener in self.listeners
 
 
 class Children:
@@ -151,6 +157,7 @@ class Children:
         """Start a new incarnation. Its channel is new, its lease number is new, its slot's counters go on."""
         core = self._core
         child.lease = core.state.next_lease()
+        child.listeners = frozenset(core.listeners)
         child.forked_ns = time.monotonic_ns()
         child.drained = child.was_ready = False
         child.killed_why = child.last_words = ""

@@ -292,8 +292,8 @@ class Connections:
     # -- with a worker
 
     def _assign(self, connection: Connection) -> None:
-        """Give it to the least loaded worker, or keep it until there is one."""
-        workers = [child for child in self._children.workers() if child.takes_connections]
+        """Give it to the least loaded worker that knows its listener, or keep it until there is one."""
+        workers = [child for child in self._children.workers() if child.takes(connection.listener)]
         if not workers:
             self._homeless[connection.row] = connection
             return

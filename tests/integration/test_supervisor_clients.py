@@ -303,6 +303,31 @@ def test_listeners_come_and_go_and_connections_of_a_closed_one_go_on(tmp_path: P
             wait_for(lambda: supervisor.taken() == [16])
 
 
+@pytest.mark.parametrize(
+    ("protocol", "hello", "answer"), [("raw", "", b""), ("mps", "MPS/1 plc-{} {}\n", b"OK 0 durable ")]
+)
+def test_who_comes_during_a_reload_is_served_by_workers_that_know_the_listener(
+    tmp_path: Path, protocol: str, hello: str, answer: bytes
+) -> None:
+    """Accepted at once, while only workers of the old configuration run: those have never heard of the listener."""
+    second = '[[listener]]\nname = "second"\naddress = "127.0.0.1:0"\non_full = "block"\n'
+    bodies = [packets(10, seed) for seed in range(4)]
+    with RunningSupervisor(tmp_path) as supervisor:
+        for number, body in enumerate(bodies):
+            size = (16, 32)[number % 2]  # with another packet size it is another listener
+            supervisor.configure(more=f'{second}protocol = "{protocol}"\npacket_size = {size}\n')
+            supervisor.ask("reload")
+            ports = {each["name"]: each["address"] for each in supervisor.facts()["listeners"].values()}
+            with supervisor.connect(int(ports["second"].rpartition(":")[2])) as client:
+                sent = hello.format(number, size).encode() + body
+                client.sendall(sent)
+                wait_for(lambda: supervisor.taken() == [len(sent)])  # noqa: B023
+                assert client.recv(len(answer)) == answer
+            wait_for(lambda: supervisor.log().count("processes replaced") == number + 1)  # noqa: B023
+        assert not supervisor.log_contains("child died")
+        wait_for(lambda: sorted(supervisor.stored().values()) == bodies)
+
+
 def test_keys_that_need_a_restart_are_named_and_kept(tmp_path: Path) -> None:
     with RunningSupervisor(tmp_path) as supervisor:
         supervisor.configure(buffers="16 MiB", max_clients=9)
