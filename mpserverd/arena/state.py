@@ -20,7 +20,7 @@ Connection row:
     ACCEPTED -> ASSIGNED  supervisor: the worker in WORKER may read it
     ASSIGNED -> RELEASED  worker: let go, another worker may have it (hand over)
     RELEASED -> ASSIGNED  supervisor
-    ASSIGNED -> ENDED     worker: finalised; REASON says why
+    ASSIGNED -> ENDED     worker: finalised; REASON says why, and stands there before the stream's chunks are let go
     *        -> FREE      supervisor, after it has closed its dup
 """
 

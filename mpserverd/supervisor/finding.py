@@ -282,6 +282,7 @@ class Finding:
         words[Con.SOCKET_AT_ATTACH] = source[Str.SOCKET]
         words[Con.HANDSHAKE_AT_ATTACH] = source[Str.HANDSHAKE]
         words[Con.HANDSHAKE_BYTES] = connection.hello_bytes
+        words[Con.REASON] = 0  # a worker that died at its hello may have left one
         source[Str.RATE_MILLI] = 0
         self._assign(connection)
 

@@ -13,7 +13,8 @@ from mpserverd.arena.window import LeasePool, StreamWindow
 
 
 def finish_without_socket(state: StateTable, arena: Arena, row: int, reason: CloseReason = CloseReason.FAILED) -> bool:
-    """Do what the worker does at the end of a connection (row ENDED); no worker may live that has it.
+    """Do what the worker does at the end of a connection (row ENDED); no worker may live that has it. A REASON in the
+    row, of a worker that died over the end or of an earlier call, stays.
 
     False when it has to be tried again after a commit, because packets were dropped and the hole is not passed yet.
     """
@@ -28,13 +29,14 @@ def finish_without_socket(state: StateTable, arena: Arena, row: int, reason: Clo
     window.offer(position - partial, closing=True)
     if window.offered != position - partial:
         return False
-    consumed = position - int(connection[Con.OFFSET_AT_ATTACH]) + int(connection[Con.HANDSHAKE_BYTES])
-    connection[Con.SOCKET_BYTES] = consumed
-    stream[Str.SOCKET] = int(connection[Con.SOCKET_AT_ATTACH]) + consumed
-    stream[Str.HANDSHAKE] = connection[Con.HANDSHAKE_AT_ATTACH] + connection[Con.HANDSHAKE_BYTES]
-    stream[Str.TRUNCATED] = int(connection[Con.TRUNCATED_AT_ATTACH]) + partial
+    if not connection[Con.REASON]:  # else that much is done, and POSITION may be rounded down already
+        consumed = position - int(connection[Con.OFFSET_AT_ATTACH]) + int(connection[Con.HANDSHAKE_BYTES])
+        connection[Con.SOCKET_BYTES] = consumed
+        stream[Str.SOCKET] = int(connection[Con.SOCKET_AT_ATTACH]) + consumed
+        stream[Str.HANDSHAKE] = connection[Con.HANDSHAKE_AT_ATTACH] + connection[Con.HANDSHAKE_BYTES]
+        stream[Str.TRUNCATED] = int(connection[Con.TRUNCATED_AT_ATTACH]) + partial
+        connection[Con.REASON] = reason
     window.close(position - partial)
     arena.table.revoke(lease)
-    connection[Con.REASON] = reason
     state.words[state.connection_base(row) + Con.STATE] = ConnectionState.ENDED
     return True

@@ -132,7 +132,7 @@ class Connection:
     def _take_up(self) -> None:
         """Ask the kernel where the stream stands; the same for a fresh connection and for an orphan."""
         taken = tcp_info.consumed(self.sock)
-        self.errno = taken.error
+        self.errno = taken.error or int(self._words[self._base + Con.ERRNO])
         self.mark_blocked(False)
         consumed_bytes = taken.consumed_bytes
         if consumed_bytes < self._handshake:
@@ -270,9 +270,11 @@ class Connection:
         self.drain_bytes = tcp_info.unread_bytes(self.sock)
 
     def finish(self, reason: CloseReason) -> bool:
-        """Cut the partial packet, check and offer the rest, and publish the end. False: call again after a commit.
+        """Cut the partial packet, check and offer the rest, let go of the stream. False: call again after a commit.
 
-        It has to wait only when packets were dropped and the hole cannot be passed yet.
+        It has to wait only when packets were dropped and the hole cannot be passed yet. After True comes
+        ``publish_end``. Once REASON is in the row nobody may read on, since the stream's chunks are let go: a
+        successor finds it (``decided``) and repeats this, to the same numbers.
         """
         if self.closing is CloseReason.NONE:
             self.closing_since_ns = time.monotonic_ns()
@@ -293,11 +295,19 @@ class Connection:
             self.answers.bye(reason, self.retry_s)
         words[self._base + Con.SOCKET_BYTES] = self.consumed_bytes
         words[self._stream_base + Str.TRUNCATED] = self._truncated_at_attach + partial
-        window.close(end - partial)
         words[self._base + Con.ERRNO] = self.errno
         words[self._base + Con.REASON] = reason
-        words[self._base + Con.STATE] = ConnectionState.ENDED
+        window.close(end - partial)
         return True
+
+    @property
+    def decided(self) -> CloseReason:
+        """How an earlier worker was about to end it, before it died over that; NONE when it had not begun."""
+        return CloseReason(self._words[self._base + Con.REASON])
+
+    def publish_end(self) -> None:
+        """The row is the supervisor's from now on."""
+        self._words[self._base + Con.STATE] = ConnectionState.ENDED
 
     def _is_owed(self, end: int) -> bool:
         """Whether the client still waits to hear that everything is durable; for its time only."""

@@ -401,6 +401,9 @@ class Worker:
             self._owe(connection)
         self._words[self._counter["attached"]] += 1
         self._words[self._slot + Slot.CONNECTIONS] = len(self._by_row)
+        if connection.decided is not CloseReason.NONE:
+            self._finish(connection, connection.decided)
+            return
         if words[base + Con.FLAGS] & ConnectionFlag.QUARANTINED:
             self._finish(connection, CloseReason.QUARANTINED)
             return
@@ -432,7 +435,8 @@ class Worker:
             self._want(Wants.DURABLE, wanted=True)
             os.eventfd_write(self._launch.storer_doorbell_fd, 1)
             return
-        self._words[self._slot + Slot.REASONS + reason] += 1
+        self._words[self._slot + Slot.REASONS + reason] += 1  # before the end is seen: whoever sees it finds it counted
+        connection.publish_end()
         self._forget(connection)
         if connection.answers is not None and reason in BYE_REASONS:
             self._reception.linger(connection.sock)

@@ -137,8 +137,8 @@ class Reception:
             with contextlib.suppress(OSError):  # gone, or its window is closed: then it does not hear it
                 sock.send(line, _SEND_FLAGS)
         words[base + Con.REASON] = reason
-        words[base + Con.STATE] = ConnectionState.ENDED
         words[self._reasons_at + reason] += 1
+        words[base + Con.STATE] = ConnectionState.ENDED
         if line:
             self.linger(sock)
         else:

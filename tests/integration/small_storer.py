@@ -67,7 +67,7 @@ class SmallStorer:
             poll.poll(20)
             self._hush()
             self._obey()
-            busy = self._cycle()
+            busy = self.cycle()
             if self._leaving and not busy:
                 self._channel.send(Message(Kind.DRAINED))
                 return
@@ -90,7 +90,7 @@ class SmallStorer:
                 os._exit(0)
             self._leaving |= message.kind is Kind.DRAIN
 
-    def _cycle(self) -> bool:
+    def cycle(self) -> bool:
         """One look at every stream. True while some stream is still on its way."""
         busy = False
         for row in range(self._state.stream_count):
