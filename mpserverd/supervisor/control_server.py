@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 CONNECTIONS_MAX = 32
 DEADLINE_S = 5.0
 """From one request to the next, and for taking a reply."""
+LINES_A_TURN = 16
+"""Of one peer that sends many at once; then it is the turn of everything else."""
 OPERATORS_GROUP = "mpserverd"
 _MODE = 0o660
 _LOCK_WAIT_S = 2.0
@@ -145,6 +147,13 @@ class _Client:
     received: bytearray = dataclasses.field(default_factory=bytearray)
     unsent: bytearray = dataclasses.field(default_factory=bytearray)
     fds: tuple[int, ...] = ()
+    is_last: bool = False
+    """Nothing is taken from it after the reply that is on its way."""
+
+    @property
+    def has_line(self) -> bool:
+        """A line to answer; one that is too long is answered before it has an end."""
+        return b"\n" in self.received or len(self.received) > CONTROL_LINE_BYTES_MAX
 
 
 class ControlServer:
@@ -190,7 +199,7 @@ class ControlServer:
 
     def _watch(self, client: _Client) -> None:
         """A peer that does not take its reply gets no other."""
-        events = WRITE if client.unsent else READ
+        events = WRITE if client.unsent or client.has_line else READ
         self._core.loop.watch(client.sock.fileno(), events, lambda _: self._serve(client))
 
     def _drop(self, client: _Client) -> None:
@@ -204,43 +213,51 @@ class ControlServer:
         try:
             if client.unsent:
                 self._flush(client)
-            else:
-                self._receive(client)
+            elif not client.has_line and not self._receive(client):
+                self._drop(client)
+                return
+            self._take_lines(client)
         except BlockingIOError:
-            return
+            self._watch(client)
         except OSError:
             self._drop(client)
 
-    def _receive(self, client: _Client) -> None:
+    def _receive(self, client: _Client) -> bool:
+        """False at its end."""
         received = client.sock.recv(CONTROL_LINE_BYTES_MAX)
         client.received += received
-        if not received:
-            self._drop(client)
-        elif b"\n" in received or len(client.received) > CONTROL_LINE_BYTES_MAX:
-            self._take_lines(client)
+        return bool(received)
 
     def _take_lines(self, client: _Client) -> None:
-        """Answer the first line; the others wait until the answer is out."""
-        line, newline, rest = bytes(client.received).partition(b"\n")
-        if not newline and len(line) <= CONTROL_LINE_BYTES_MAX:
-            return
-        client.received = bytearray(rest)
-        client.deadline_s = time.monotonic() + DEADLINE_S
-        answer = self._try_answer(client, line)
-        client.unsent += answer.reply.encode()
-        client.fds = answer.fds
-        self._flush(client)
+        """Answer a few lines, each when the reply before it is out; the loop comes back for the others. Raises
+        BlockingIOError when the peer's buffer is full."""
+        for _ in range(LINES_A_TURN):
+            if client.is_last or not client.has_line:
+                break
+            line, _, rest = client.received.partition(b"\n")
+            client.received = rest
+            client.deadline_s = time.monotonic() + DEADLINE_S
+            client.unsent, client.fds = self._reply_to(client, bytes(line))
+            self._flush(client)
+        if client.is_last:
+            self._drop(client)
+        else:
+            self._watch(client)
 
-    def _try_answer(self, client: _Client, line: bytes) -> Answer:
+    def _reply_to(self, client: _Client, line: bytes) -> tuple[bytearray, tuple[int, ...]]:
         try:
-            request = Request.decode(line)
+            answer = self._answer(Request.decode(line), client.peer)
+            return bytearray(answer.reply.encode()), answer.fds
         except ProtocolError as error:
-            return Answer(Reply.fault(str(error), error.exit_code))
-        return self._answer(request, client.peer)
+            fault = Reply.fault(str(error), error.exit_code)
+        except Exception:  # our fault, in one command: no reason to end the daemon
+            log.event(logger, logging.ERROR, "command failed", message_id=log.MessageId.OUR_FAULT, exc_info=True)
+            fault = Reply.fault("the daemon failed over this command; its log says how")
+            client.is_last = True
+        return bytearray(fault.encode()), ()
 
     def _flush(self, client: _Client) -> None:
         """Raises BlockingIOError when the peer's buffer is full; the loop comes back."""
-        self._watch(client)
         while client.unsent:
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", client.fds))] if client.fds else []
             sent = client.sock.sendmsg([client.unsent], rights, socket.MSG_NOSIGNAL)
@@ -248,9 +265,6 @@ class ControlServer:
                 os.close(fd)
             client.fds = ()
             del client.unsent[:sent]
-        self._watch(client)
-        if b"\n" in client.received:
-            self._take_lines(client)
 
 
 def tell_change(request: Request, peer: Peer) -> None:

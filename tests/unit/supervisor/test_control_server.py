@@ -6,6 +6,7 @@ import os
 import select
 import socket
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,8 +20,14 @@ from mpserverd.supervisor import control_server
 from mpserverd.supervisor.control_server import CONNECTIONS_MAX, Answer, ControlServer, Peer, open_control_socket
 from mpserverd.supervisor.core import Core
 
+LINES = 60_000
+
 
 def echo(request: Request, peer: Peer) -> Answer:
+    if request.command == "fault":
+        raise ZeroDivisionError("a fault of ours")
+    if request.command == "nonsense":
+        return Answer(Reply(True, {1, 2}))
     if request.command == "fds":
         return Answer(Reply(True), (os.open("/dev/null", os.O_RDONLY), os.open("/dev/zero", os.O_RDONLY)))
     return Answer(Reply(True, {"arguments": request.arguments, "pid": peer.pid}))
@@ -47,9 +54,9 @@ def dial(path: str) -> socket.socket:
     return client
 
 
-def turn(core: Core, until: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 5
-    core.loop.after(5, lambda: None)
+def turn(core: Core, until: Callable[[], bool], timeout_s: float = 5) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    core.loop.after(timeout_s, lambda: None)
     while not until():
         assert time.monotonic() < deadline_s
         core.loop.after(0.01, lambda: None)
@@ -144,6 +151,47 @@ def test_one_more_than_the_limit_pushes_out_the_oldest(core: Core, server: Contr
     turn(core, lambda: readable(clients[-1]))
     for client in clients:
         client.close()
+
+
+def test_thousands_of_lines_at_once_are_answered_one_by_one_while_others_are_served(
+    core: Core, server: ControlServer, path: str
+) -> None:
+    """The asker takes each reply at once, so that nothing makes the server pause."""
+    count = 0
+
+    def take(many: socket.socket) -> None:
+        nonlocal count
+        while count < LINES:
+            count += many.recv(1 << 16).count(b"\n")
+
+    with dial(path) as many, dial(path) as other:
+        taking = threading.Thread(target=take, args=(many,))
+        taking.start()
+        many.settimeout(60)
+        many.sendall(b"\n" * LINES)
+        other.sendall(Request("x").encode())
+        turn(core, lambda: readable(other))
+        assert count < LINES, "the other did not have to wait for all of them"
+        assert Reply.decode(other.recv(4096)).ok
+        turn(core, lambda: count == LINES, 60)
+        taking.join()
+
+
+@pytest.mark.parametrize("command", ["fault", "nonsense"])
+def test_a_fault_of_ours_in_one_command_costs_that_connection_only(
+    core: Core, server: ControlServer, path: str, command: str
+) -> None:
+    with dial(path) as client:
+        client.sendall(Request(command).encode() * 2)
+        turn(core, lambda: readable(client))
+        received = b""
+        while more := client.recv(4096):
+            received += more
+        assert "its log says how" in Reply.decode(received).error, "one reply, then the end"
+    with dial(path) as next_one:
+        next_one.sendall(Request("x").encode())
+        turn(core, lambda: readable(next_one))
+        assert Reply.decode(next_one.recv(4096)).ok
 
 
 def test_the_file_is_for_owner_and_group_only(server: ControlServer, path: str) -> None:
