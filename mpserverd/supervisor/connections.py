@@ -203,7 +203,7 @@ class Connections:
         elif not self._has_its_stream(connection) and state is not ConnectionState.ENDED:
             self._drop(connection, "its stream is gone")
         elif state is ConnectionState.ENDED:
-            self._finish(connection)
+            self._finish_for_the_dead(connection)
         elif connection.fd < 0:
             self._lost[connection.row] = connection
         else:
@@ -346,7 +346,7 @@ class Connections:
             connection = self._by_row[row]
             connection.worker = None
             if self._state_of(connection) is ConnectionState.ENDED:
-                self._finish(connection)
+                self._finish_for_the_dead(connection)
                 continue
             if self._state_of(connection) is ConnectionState.ASSIGNED:
                 self._core.state.connections[row, Con.ADOPTIONS] += np.uint64(1)
@@ -504,6 +504,12 @@ class Connections:
         if stream is not None:
             self.streams.drain(stream)
             self._core.ring_storer()
+
+    def _finish_for_the_dead(self, connection: Connection) -> None:
+        """Its worker may have died before it told the client; the carrier holds a dup for up to a minute more."""
+        if connection.fd >= 0:
+            shut_down(connection.fd)
+        self._finish(connection)
 
     def _drop(self, connection: Connection, why: str) -> None:
         """Close one that no worker ever had."""

@@ -25,7 +25,16 @@ import pytest
 
 from mpserverd.arena.live import open_state
 from mpserverd.arena.report import ledger
-from mpserverd.arena.state import CloseReason, Con, StateTable, Str, StreamState
+from mpserverd.arena.state import (
+    FIRST_WORKER_SLOT,
+    CloseReason,
+    Con,
+    ConnectionState,
+    Slot,
+    StateTable,
+    Str,
+    StreamState,
+)
 from mpserverd.control.client import DaemonRefusedError, request, request_state
 from mpserverd.load.stand_in import StandIn, UnitSettings
 from mpserverd.net.fdlimit import DESCRIPTORS_PER_CLIENT, RESERVED_DESCRIPTORS
@@ -225,6 +234,24 @@ def test_a_client_that_leaves_while_nobody_is_there_loses_nothing(tmp_path: path
         wait_for(lambda: unit.durable() == 300_000 + 160)
         wait_for(lambda: unit.active() == 0)
         assert unit.stored() == hashes([content, content[:160]])
+
+
+@pytest.mark.parametrize("who", ["worker", "supervisor"])
+def test_a_client_whose_worker_died_just_before_it_hung_up_is_told_at_once(tmp_path: pathlib.Path, who: str) -> None:
+    """The row says ENDED; who is left closes the connection, although a carrier holds another descriptor of it."""
+    with Unit(tmp_path, workers=1) as unit, socket.create_connection(("127.0.0.1", unit.port), timeout=15) as client:
+        client.sendall(bytes(16))
+        wait_for(lambda: unit.durable() == 16)
+        state = unit.own_state()
+        (row,) = (state.connections[:, Con.STATE] != 0).nonzero()[0].tolist()
+        worker_pid = int(state.slots[FIRST_WORKER_SLOT, Slot.PID])
+        os.kill(unit.system.state.pid if who == "supervisor" else worker_pid, signal.SIGSTOP)
+        state.connections[row, Con.REASON] = CloseReason.KICKED
+        state.words[state.connection_base(row) + Con.STATE] = ConnectionState.ENDED
+        unit.kill() if who == "supervisor" else os.kill(worker_pid, signal.SIGKILL)
+        assert client.recv(1) == b""
+        wait_for(lambda: unit.active() == 0)
+        os.close(state.fd)
 
 
 def test_many_live_connections_are_kept_through_a_kill_and_a_restart(tmp_path: pathlib.Path) -> None:
