@@ -157,18 +157,27 @@ class Finding:
         if user is None and self._streams.state_of(row) is StreamState.OPEN:
             self._drain(row)
         elif user is not None and self._connections[user] is not connection:
-            self._supersede(connection, self._connections[user])
+            self._try_supersede(connection, hello, row, self._connections[user])
         if connection.row not in self.waiting and connection.farewell is None:
             self._wait(connection, HELLO_WAIT_S)
 
-    def _supersede(self, connection: Connection, rival: Connection) -> None:
-        """The same client is there already: that connection has to go, if it is one that may be superseded."""
-        if not rival.greets or rival.address != connection.address:
-            text = "another connection has this id now; it may be superseded from its own address only"
-            self.refuse(connection, HelloError(ErrorCode.IN_USE, text))
-            return
+    def _try_supersede(self, connection: Connection, hello: Hello, row: int, rival: Connection) -> None:
+        """The same client is there already: that connection has to go, if it may be superseded, and by this hello."""
         if connection.rival is rival:
             return
+        try:
+            if not rival.greets or rival.address != connection.address:
+                text = "another connection has this id now; it may be superseded from its own address only"
+                raise HelloError(ErrorCode.IN_USE, text)
+            found = self._found(row)
+            if self._streams.state_of(row) is StreamState.OPEN and found.position:  # else it is begun anew
+                judge(hello, found)
+        except HelloError as error:
+            self.refuse(connection, error)
+        else:
+            self._supersede(connection, rival)
+
+    def _supersede(self, connection: Connection, rival: Connection) -> None:
         connection.rival = rival
         retry_s = 0
         if not is_ending(rival.fd):
@@ -214,8 +223,7 @@ class Finding:
 
     def _answer(self, connection: Connection, hello: Hello, row: int) -> None:
         """The storer has opened its stream: go on there, or say why not."""
-        words = self._core.state.streams[row]
-        found = Found(int(words[Str.EPOCH]), int(words[Str.PACKET_SIZE]), int(words[Str.POSITION]))
+        found = self._found(row)
         try:
             offset = judge(hello, found)
         except HelloError as error:
@@ -226,6 +234,10 @@ class Finding:
         if offset > found.position:
             self._leave_hole(row, found.position, offset)
         self.settle(connection, row)
+
+    def _found(self, row: int) -> Found:
+        words = self._core.state.streams[row]
+        return Found(int(words[Str.EPOCH]), int(words[Str.PACKET_SIZE]), int(words[Str.POSITION]))
 
     def _leave_hole(self, row: int, first: int, end: int) -> None:
         """The client does not hold these packets any more. No worker has the row yet, so its words are ours."""

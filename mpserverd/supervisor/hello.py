@@ -10,7 +10,8 @@
 
     another packet size than the stream's: ERR packet-size. ``first`` beyond the next packet: what lies between is lost.
 
-The storer finds the stream or begins one by ``asked``; ``judge`` then looks at what came of it.
+The storer finds the stream or begins one by ``asked``; ``judge`` then looks at what came of it. It also looks at the
+stream of a connection that is to be superseded: who will be refused ends nobody else.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ RIVALS_FORGOTTEN_S = 60.0
 """Two devices share an id when one supersedes the other again within this time."""
 RETRY_S_LIMIT = min(64, RETRY_S_MAX)
 RIVALS_MAX = 1000
+_DOUBLINGS_MAX = RETRY_S_LIMIT.bit_length() - 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,11 +61,11 @@ def asked(hello: Hello) -> Asked:
 
 def judge(hello: Hello, found: Found) -> int:
     """The offset at which the client goes on, beyond ``found.position`` if it lost packets. Raises HelloError."""
+    if hello.new and hello.epoch != found.epoch:
+        return 0
     if found.packet_size != hello.packet_size:
         text = f"the stream has packets of {found.packet_size} bytes, not {hello.packet_size}; new=1 begins anew"
         raise HelloError(ErrorCode.PACKET_SIZE, text)
-    if hello.new and hello.epoch != found.epoch:
-        return 0
     if hello.epoch is not None and hello.epoch != found.epoch:
         at = found.position // found.packet_size
         here = f"the stream is in epoch {found.epoch:016x} at packet {at}" if at else "nothing of that epoch is kept"
@@ -81,7 +83,7 @@ class Rivals:
         """How long the one that has to go shall stay away, in seconds: doubled each time."""
         count, last_s = self._seen.pop(client_id, (0, now_s))
         count = count + 1 if now_s - last_s < RIVALS_FORGOTTEN_S + 2**count else 1
-        self._seen[client_id] = (min(count, 30), now_s)
+        self._seen[client_id] = (min(count, _DOUBLINGS_MAX), now_s)
         while len(self._seen) > RIVALS_MAX:
             del self._seen[next(iter(self._seen))]
         return min(1 << (count - 1), RETRY_S_LIMIT)

@@ -14,7 +14,7 @@ import pytest
 
 from tests.integration.driver import Daemon
 from tests.integration.mps_client import packets
-from tests.integration.test_mps_lines import Peer, listener, stream_of
+from tests.integration.test_mps_lines import NOBODYS, Peer, listener, stream_of
 
 SEED = int(os.environ.get("MPSERVERD_TEST_SEED", random.SystemRandom().randrange(2**32)))
 GARBAGE_CONNECTIONS = 300
@@ -54,6 +54,23 @@ def test_the_same_client_takes_its_own_place_and_rivals_stay_away_longer_each_ti
     assert stream_of(daemon, "press-7").content == packets("press-7", 0, 500, 16)
     assert daemon.stats()["counters"]["supervisor"]["superseded"] == 4
     assert daemon.counter("superseded") == 4
+
+
+def test_a_hello_that_is_refused_takes_nobody_s_place(daemon: Daemon) -> None:
+    """From the same address too: a program that was set up wrong does not disturb the one that is right."""
+    peer = connected(daemon, "press-7", 10)
+    peer.wait_for_ack(10)
+    port = daemon.port("mps")
+    for _ in range(2):
+        assert Peer(port, b"MPS/1 press-7 32\n").err()[0] == "packet-size"
+        assert Peer(port, f"MPS/1 press-7 16 epoch={NOBODYS}\n".encode()).err()[0] == "epoch"
+    peer.send(packets("press-7", 10, 10, 16))
+    peer.wait_for_ack(20)
+    assert daemon.stats()["counters"]["supervisor"]["superseded"] == 0
+    anew = Peer(port, b"MPS/1 press-7 32 new=1\n")
+    assert anew.ok()[0] == 0
+    assert peer.bye() == ("superseded", 1)
+    anew.finish()
 
 
 def test_a_client_that_lost_its_connection_comes_back_without_being_a_rival(daemon: Daemon) -> None:

@@ -75,6 +75,13 @@ def test_rivals_stay_away_longer_each_time_up_to_a_limit() -> None:
     assert max(pauses) == pauses[-1] == RETRY_S_LIMIT
 
 
+def test_two_devices_that_were_rivals_for_long_are_forgotten_all_the_same() -> None:
+    rivals = Rivals()
+    for number in range(50):
+        rivals.superseded("plc-1", 1000.0 + number)
+    assert rivals.superseded("plc-1", 1050.0 + RIVALS_FORGOTTEN_S + 2 * RETRY_S_LIMIT) == 1
+
+
 def test_a_client_that_lost_its_connection_once_in_a_while_is_no_rival() -> None:
     rivals = Rivals()
     gap_s = RIVALS_FORGOTTEN_S + 10
