@@ -69,6 +69,8 @@ _GONE = {
     "missing": Gone.MISSING_PACKETS,
     "repeats": Gone.REPEATS,
     "reordered": Gone.REORDERED,
+    "dropped_packets": Gone.DROPPED_PACKETS,
+    "lost_packets": Gone.LOST_PACKETS,
 }
 
 

@@ -79,8 +79,8 @@ def errors_by_reason(live: LiveState) -> dict[str, int]:
     slots = live.state.slots
     found = {
         "truncated": _counter_sum(live, Role.SUPERVISOR, "truncated_packets"),
-        "dropped": _packets_of(live.ledger, "dropped_bytes"),
-        "lost": _packets_of(live.ledger, "lost_bytes"),
+        "dropped": _packets_of(live.ledger, "dropped"),
+        "lost": _packets_of(live.ledger, "lost"),
         **{name: totals[name] for name in ("gaps", "repeats", "reordered")},
     }
     for refusal in RefuseReason:
@@ -99,14 +99,10 @@ def _closed(live: LiveState, reason: CloseReason) -> int:
     return int(live.state.slots[FIRST_WORKER_SLOT:, Slot.REASONS + reason].sum())
 
 
-def _packets_of(ledger: Ledger, field: str) -> int:
-    """Bytes of such holes as packets. Of streams that are gone only bytes are known: their mean packet size it is."""
-    here = int((ledger.streams.columns[field] // ledger.streams.packet_sizes).sum())
-    gone = ledger.gone
-    if not gone[field]:
-        return here
-    size = gone["received_bytes"] / gone["received_packets"] if gone["received_packets"] else 1.0
-    return here + max(1, round(gone[field] / size))
+def _packets_of(ledger: Ledger, kind: str) -> int:
+    """Holes of that kind, "dropped" or "lost", as packets."""
+    here = ledger.streams.columns[f"{kind}_bytes"] // ledger.streams.packet_sizes
+    return int(here.sum()) + ledger.gone[f"{kind}_packets"]
 
 
 def workers(live: LiveState) -> list[dict[str, Any]]:

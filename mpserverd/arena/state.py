@@ -247,8 +247,10 @@ class Gone:
         REPEATS,
         REORDERED,
         STREAMS,
-    ) = range(17)
-    COUNT = 17
+        DROPPED_PACKETS,
+        LOST_PACKETS,
+    ) = range(19)
+    COUNT = 19
 
 
 class StateTable:

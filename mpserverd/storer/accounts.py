@@ -27,15 +27,18 @@ def totals_of_record(record: StreamRecord) -> list[int]:
     """GONE words of a stream that is only in the catalog."""
     received = record.durable - record.lost
     durable = record.durable - record.stored_holes
+    packet_size = max(1, record.packet_size)
     return _words(
         received_bytes=received,
-        received_packets=received // max(1, record.packet_size),
+        received_packets=received // packet_size,
         stored_bytes=durable,
         durable_bytes=durable,
         acked_bytes=record.acked,
         truncated_bytes=record.truncated,
         dropped_bytes=record.dropped,
+        dropped_packets=record.dropped // packet_size,
         lost_bytes=record.lost,
+        lost_packets=record.lost // packet_size,
         retired_bytes=record.retired,
         handshake_bytes=record.handshake,
         socket_bytes=record.socket,

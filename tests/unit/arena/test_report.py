@@ -144,13 +144,24 @@ def test_dropped_packets_of_present_and_closed_streams_are_counted(tables: Table
         pass
     dropped = stream.drop()
     words = tables.state.words
-    for word, value in ((Gone.RECEIVED_BYTES, 1600), (Gone.RECEIVED_PACKETS, 100), (Gone.DROPPED_BYTES, 160)):
+    for word, value in ((Gone.RECEIVED_BYTES, 1600), (Gone.RECEIVED_PACKETS, 100), (Gone.DROPPED_PACKETS, 10)):
         words[Head.GONE + word] = value
     words[Head.GONE + Gone.STORED_BYTES] = 1440
     words[Head.GONE + Gone.SOCKET_BYTES] = 1600
     assert dropped > 0
     assert dropped % 24 == 0
     assert stats(tables.live())["errors_by_reason"]["dropped"] == dropped // 24 + 10
+
+
+def test_errors_do_not_fall_when_streams_of_different_packets_leave_the_table(tables: Tables) -> None:
+    small, large = tables.open(0, packet_size=16), tables.open(1, packet_size=1600)
+    assert large.receive(3200)
+    small.words[Str.DROPPED], large.words[Str.LOST] = 1600, 1600
+    before = stats(tables.live())["errors_by_reason"]
+    assert (before["dropped"], before["lost"]) == (100, 1)
+    for stream in (small, large):
+        tables.evict(stream)
+        assert stats(tables.live())["errors_by_reason"] == before
 
 
 def test_the_spool_says_in_how_long_it_is_full(tables: Tables) -> None:

@@ -213,6 +213,7 @@ def drop(rig: Rig, packet: int, rounds: int, seed: int) -> None:
     dropped = int(str(rig.one("SELECT coalesce(sum(end - first), 0) FROM hole")))
     assert dropped, "nothing was dropped: the test tests nothing"
     assert rig.gone(Gone.DROPPED_BYTES) == dropped
+    assert rig.gone(Gone.DROPPED_PACKETS) == dropped // packet
     assert rig.gone(Gone.STORED_BYTES) == client.sent - dropped
     assert rig.gone(Gone.RECEIVED_BYTES) == client.sent
     assert rig.one("SELECT count(*) FROM hole WHERE first % ? OR end % ?", packet, packet) == 0
