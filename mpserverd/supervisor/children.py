@@ -82,7 +82,7 @@ class Child:
 
     @property
     def name(self) -> str:
-        return f"worker-{self.index}" if self.role is Role.WORKER else "storer"
+        return child_name(self.role, self.index)
 
     @property
     def was_killed_by_others(self) -> bool:
@@ -99,6 +99,10 @@ class Child:
         return self.takes_connections and listener in self.listeners
 
 
+def child_name(role: Role, index: int) -> str:
+    return f"worker-{index}" if role is Role.WORKER else "storer"
+
+
 class Children:
     """``on_message(child, message)`` gets everything but READY and DRAINED; ``on_ready`` and ``on_drained`` get those.
 
@@ -109,6 +113,8 @@ class Children:
         self._core = core
         self._programs = programs
         self._all: list[Child] = []
+        self._restarts: collections.Counter[str] = collections.Counter()
+        """By name: a reload makes new children under the old names."""
         self.on_message: Callable[[Child, Message], None] = _ignore
         self.on_ready: Callable[[Child], None] = _ignore
         self.on_drained: Callable[[Child], None] = _ignore
@@ -148,9 +154,12 @@ class Children:
 
     def _add(self, role: Role, index: int, slot: int) -> Child:
         policy = RestartPolicy(self._core.config.server.restart_backoff_s_max, may_give_up=role is Role.WORKER)
+        if role is Role.STORER:  # always the same slot, so its count outlives the supervisor
+            self._restarts[child_name(role, index)] = int(self._core.state.slots[slot, Slot.RESTARTS])
         child = Child(role, index, slot, policy)
+        child.restarts = self._restarts[child.name]
         self._all.append(child)
-        self._set(child, Slot.RESTARTS, 0)
+        self._set(child, Slot.RESTARTS, child.restarts)
         return child
 
     def fork(self, child: Child) -> None:
@@ -381,6 +390,8 @@ class Children:
         child.exit_status = status
         lived_s = (time.monotonic_ns() - child.forked_ns) / 1e9
         self._tell_death(child, status, lived_s)
+        if child.wanted:
+            self._core.count("child_deaths")
         self.on_death(child)
         if child.wanted:
             self._retry(child, lived_s)
@@ -419,7 +430,8 @@ class Children:
             )
             self._gone(child)
             return
-        child.restarts += 1
+        self._restarts[child.name] += 1
+        child.restarts = self._restarts[child.name]
         self._set(child, Slot.RESTARTS, child.restarts)
         self._apply(child, ChildEvent.WILL_RETRY)
         child.timer = self._core.loop.after(wait_s, lambda: self.fork(child))

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from mpserverd.arena.chunks import USED
-from mpserverd.arena.state import Con, Slot
+from mpserverd.arena.counters import Role, column
+from mpserverd.arena.state import SUPERVISOR_SLOT, Con, Slot
 from tests.integration.supervisor_driver import RunningSupervisor, packets, wait_for
 
 
@@ -278,6 +279,26 @@ def test_counters_of_a_slot_go_on_when_its_process_is_replaced(tmp_path: Path) -
             wait_for(lambda gone=pid: [each["pid"] for each in supervisor.workers()] not in ([], [gone]))
         with supervisor.tables() as (_, state, _):
             assert int(state.slots[2:, Slot.RECEIVED_BYTES].sum()) == 2 * len(body)
+
+
+def test_deaths_are_counted_over_reloads_and_a_reload_is_none(tmp_path: Path) -> None:
+    def restarts(supervisor: RunningSupervisor) -> list[int]:
+        facts = supervisor.facts()
+        return [each["restarts"] for each in (*facts["workers"], facts["storer"])]
+
+    with RunningSupervisor(tmp_path, workers=2) as supervisor:
+        for deaths in (1, 2):
+            facts = supervisor.facts()
+            for child in (facts["workers"][1], facts["storer"]):
+                os.kill(child["pid"], signal.SIGKILL)
+            wait_for(lambda: supervisor.log().count("child died") == 2 * deaths)  # noqa: B023
+            wait_for(lambda: len(supervisor.workers()) == 2 and supervisor.facts()["storer"]["state"] == "running")
+            supervisor.ask("reload")
+            wait_for(lambda: supervisor.log().count("processes replaced") == deaths)  # noqa: B023
+            wait_for(lambda: (supervisor.facts()["storer"] or {}).get("state") == "running")
+            assert restarts(supervisor) == [0, deaths, deaths]
+        with supervisor.tables() as (_, state, _):
+            assert int(state.slots[SUPERVISOR_SLOT, column(Role.SUPERVISOR, "child_deaths")]) == 4
 
 
 # -- stop
