@@ -161,6 +161,8 @@ class StreamWindow:
         ]
         floor = self.freed_below()
         self.chunks = collections.deque(c for c in held if c.serial > let_go and c.end > floor)
+        if not self.stored:  # given up by a worker that died before it had recycled them; no storer frees them
+            self._pool.recycle([c.index for c in held if c.end <= floor])
         self._serial = max([let_go, *(c.serial for c in held)])
         self._has_hole = self.drops or self.growing_hole() is not None
         self.position = position

@@ -240,6 +240,18 @@ def test_a_stream_that_is_not_stored_recycles_its_own_chunks() -> None:
     assert len(bench.arena.table.used_by(99)) == 0
 
 
+def test_chunks_that_a_worker_gave_up_in_its_last_moment_are_taken_back_by_its_successor() -> None:
+    """Killed after OFFERED was published, before the chunks were recycled."""
+    bench = Bench(chunks=16, packet=16, flags=StreamFlag(0))
+    for length in (CHUNK, CHUNK, 16):
+        assert bench.receive(length) == length
+    bench.state.words[bench.base + Str.OFFERED] = bench.position
+    bench.adopt()
+    held = bench.window.held()
+    assert held == len(bench.arena.table.used_by(99)) <= 2
+    assert len(bench.pool) == bench.arena.count - held
+
+
 def test_a_continued_stream_begins_inside_its_block() -> None:
     bench = Bench(chunks=8, packet=16, flags=StreamFlag.STORE, start=4096 * 3 + 160)
     bench.receive(CHUNK)
