@@ -16,11 +16,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from mpserverd import log
 from mpserverd.arena.state import (
-    Check,
     CloseReason,
     Con,
     ConnectionFlag,
@@ -36,14 +33,15 @@ from mpserverd.net.channel import Kind, Message
 from mpserverd.protocol.mps import ErrorCode, Hello, HelloError
 from mpserverd.supervisor.children import Child, Children
 from mpserverd.supervisor.connection import Connection, Sentence, shut_down
+from mpserverd.supervisor.connection_rows import ConnectionRows
 from mpserverd.supervisor.core import Core
 from mpserverd.supervisor.finding import Finding, speaks_mps
 from mpserverd.supervisor.lost import finish_without_socket
-from mpserverd.supervisor.naming import join_address, split_address
 from mpserverd.supervisor.placement import Load, choose
-from mpserverd.supervisor.quarantine import DEATHS_MAX, QUARANTINE_S, Quarantine
+from mpserverd.supervisor.quarantine import Quarantine
 from mpserverd.supervisor.states import ChildState
 from mpserverd.supervisor.stream_rows import StreamRows
+from mpserverd.supervisor.suspecting import Suspecting, hellos_of
 
 logger = logging.getLogger(__name__)
 
@@ -68,15 +66,14 @@ class Connections:
         self.streams = StreamRows(core.state)
         self._clients: AddressTable[tuple[int, str]] = AddressTable()
         self.use_clients()
-        count = core.state.connection_count
-        self._free_rows = list(range(count - 1, -1, -1))
+        self._rows = ConnectionRows(core.state)
         self._by_row: dict[int, Connection] = {}
         self._homeless: dict[int, Connection] = {}
         self._newcomers: Counter[int] = Counter()
         self._last_index = -1
         self._lost: dict[int, Connection] = {}
         self.quarantine = Quarantine()
-        self.on_quarantine: Callable[[], None] = _nothing
+        self.suspecting = Suspecting(core, self.quarantine, self._by_row.get)
         self.on_gone: Callable[[], None] = _nothing
         self._finding = Finding(
             core,
@@ -108,7 +105,7 @@ class Connections:
 
     @property
     def free_row_count(self) -> int:
-        return len(self._free_rows)
+        return self._rows.free_count
 
     @property
     def unsettled_count(self) -> int:
@@ -130,15 +127,18 @@ class Connections:
 
     def take(self, fd: int, cookie: int, address: Address, port: int, listener: int) -> None:
         """A connection that was admitted; ``fd`` is ours from now on. There is a free row, the caller looked."""
-        row = self._free_rows.pop()
+        row = self._rows.take()
         connection = Connection(row, fd, cookie, address, port, listener, time.time_ns(), time.monotonic_ns())
         self._enter(connection)
-        self._write_row(connection)
+        self._rows.fill(connection)
         self._core.count("accepted")
         words = self._core.state.words
         words[Head.ACTIVE_CONNECTIONS] = len(self._by_row)
         words[Head.TOTAL_CONNECTIONS] += 1
-        self._finding.find(connection)
+        if connection.greets and self.quarantine.refuses(hellos_of(address), time.time()):
+            self._finding.refuse(connection, _quarantined())
+        else:
+            self._finding.find(connection)
 
     def _enter(self, connection: Connection) -> None:
         connection.greets = speaks_mps(self.listener_of(connection))
@@ -150,21 +150,6 @@ class Connections:
         self.by_listener[name] += 1
         self.by_address[name, connection.address] += 1
 
-    def _write_row(self, connection: Connection) -> None:
-        words = self._core.state.connections[connection.row]
-        words[:] = 0
-        words[Con.COOKIE] = connection.cookie
-        words[Con.LISTENER] = connection.listener
-        words[Con.PEER_HIGH], words[Con.PEER_LOW] = split_address(connection.address)
-        words[Con.PEER_PORT] = connection.port
-        words[Con.ACCEPTED_UNIX_NS] = connection.accepted_unix_ns
-        words[Con.ACCEPTED_MONO_NS] = connection.accepted_ns
-        self._set_state(connection, ConnectionState.ACCEPTED)
-
-    def _set_state(self, connection: Connection, state: ConnectionState) -> None:
-        table = self._core.state
-        table.words[table.connection_base(connection.row) + Con.STATE] = state
-
     # -- after another supervisor
 
     def take_up(self, fds: dict[int, int]) -> TakenUp:
@@ -174,12 +159,10 @@ class Connections:
         A row without a descriptor has lost its client; what came from it is kept, whole packets of it.
         """
         self.streams.take_up()
-        table = self._core.state.connections
-        taken = np.flatnonzero(table[:, Con.STATE] != ConnectionState.FREE).tolist()
-        rows_taken = set(taken)
-        self._free_rows = [row for row in self._free_rows if row not in rows_taken]
-        found = [self._from_row(row, fds) for row in taken]
+        found = self._rows.take_up(fds)
         for connection in found:
+            if connection.listener not in self._core.listeners:
+                connection.listener = next(iter(self._core.listeners))
             self._enter(connection)
         # those who have a stream first: newcomers may then find one that nobody has
         for connection in sorted(found, key=lambda each: self._state_of(each) is ConnectionState.ACCEPTED):
@@ -198,7 +181,7 @@ class Connections:
             if connection.fd < 0:
                 self._drop(connection, "its descriptor did not come back")
             else:
-                self._set_state(connection, ConnectionState.ACCEPTED)
+                self._rows.set_state(connection.row, ConnectionState.ACCEPTED)
                 self._finding.find(connection)
         elif not self._has_its_stream(connection) and state is not ConnectionState.ENDED:
             self._drop(connection, "its stream is gone")
@@ -208,22 +191,8 @@ class Connections:
             self._lost[connection.row] = connection
         else:
             if state is ConnectionState.ASSIGNED:
-                self._core.state.connections[connection.row, Con.ADOPTIONS] += np.uint64(1)
+                self._rows.count_adoption(connection.row)
             self._homeless[connection.row] = connection
-
-    def _from_row(self, row: int, fds: dict[int, int]) -> Connection:
-        words = self._core.state.connections[row].tolist()
-        listener = words[Con.LISTENER]
-        return Connection(
-            row,
-            fds.pop(words[Con.COOKIE], -1),
-            words[Con.COOKIE],
-            join_address(words[Con.PEER_HIGH], words[Con.PEER_LOW]),
-            words[Con.PEER_PORT],
-            listener if listener in self._core.listeners else next(iter(self._core.listeners)),
-            words[Con.ACCEPTED_UNIX_NS],
-            words[Con.ACCEPTED_MONO_NS],
-        )
 
     def _has_its_stream(self, connection: Connection) -> bool:
         words = self._core.state.connections[connection.row]
@@ -273,7 +242,7 @@ class Connections:
                 raise HelloError(ErrorCode(said["code"]), str(said.get("text", "")))
             hello = Hello.from_line(line)
             if self.quarantine.refuses(hello.client_id, time.time()):
-                raise HelloError(ErrorCode.QUARANTINED, "workers died on this stream; an operator can release it")
+                raise _quarantined()
         except HelloError as error:
             self._finding.refuse(connection, error)
         else:
@@ -304,13 +273,11 @@ class Connections:
         connection.worker = worker
         worker.rows.add(connection.row)
         self._newcomers[worker.slot] += 1
-        table = self._core.state
-        base = table.connection_base(connection.row)
-        table.words[base + Con.WORKER] = worker.index
+        self._core.state.connections[connection.row, Con.WORKER] = worker.index
         early = connection.awaits_worker_without_stream
-        table.words[base + Con.STATE] = ConnectionState.HELLO if early else ConnectionState.ASSIGNED
+        self._rows.set_state(connection.row, ConnectionState.HELLO if early else ConnectionState.ASSIGNED)
         self._children.send(worker, _first_message(connection))
-        if table.words[base + Con.FLAGS] & ConnectionFlag.KICKED:
+        if self._rows.flags_of(connection.row) & ConnectionFlag.KICKED:
             self._children.send(worker, Message(Kind.KICK, connection.row, reason=CloseReason.KICKED))
         self._tell_sentence(connection)
 
@@ -339,7 +306,7 @@ class Connections:
 
     def orphan(self, child: Child) -> None:
         """Its pidfd fired: finish what it finished, give the rest to others. The kernel knows how far it read."""
-        self._suspect(child)
+        convicted = self.suspecting.convict(child)
         rows, child.rows = sorted(child.rows), set()
         adopted = 0
         for row in rows:
@@ -348,8 +315,13 @@ class Connections:
             if self._state_of(connection) is ConnectionState.ENDED:
                 self._finish_for_the_dead(connection)
                 continue
+            if connection is convicted and self._state_of(connection) is ConnectionState.HELLO:
+                self._finding.refuse(connection, _quarantined())
+                continue
+            if connection is convicted:
+                self._rows.flag(connection.row, ConnectionFlag.QUARANTINED, on=True)
             if self._state_of(connection) is ConnectionState.ASSIGNED:
-                self._core.state.connections[row, Con.ADOPTIONS] += np.uint64(1)
+                self._rows.count_adoption(row)
                 adopted += 1
             self._assign(connection)
         if adopted:
@@ -362,38 +334,6 @@ class Connections:
                 count=adopted,
                 of=child.name,
             )
-
-    def _suspect(self, child: Child) -> None:
-        """Note what the dead worker had in hand; put it into quarantine when it is once too often."""
-        table = self._core.state
-        row = int(table.slots[child.slot, Slot.IN_HAND]) - 1
-        connection = self._by_row.get(row)
-        if connection is None or connection.stream is None or connection.worker is not child:
-            return
-        if child.was_killed_by_others or self._state_of(connection) is not ConnectionState.ASSIGNED:
-            return
-        stream = table.streams[connection.stream]
-        record = (Str.CHECK0, Str.CHECK1)[int(stream[Str.CHECK_SELECT]) & 1]
-        if self.quarantine.died(int(stream[Str.NUMBER]), int(stream[record + Check.CHECKED]), time.monotonic()):
-            self._put_into_quarantine(connection)
-
-    def _put_into_quarantine(self, connection: Connection) -> None:
-        self._flag(connection, ConnectionFlag.QUARANTINED, on=True)
-        name = connection.client if connection.client is not None else str(connection.address)
-        stream = self.stream_name(connection)
-        entry = self.quarantine.add(name, stream, time.time(), named=connection.client is not None)
-        self.on_quarantine()
-        self._core.note(
-            logger,
-            logging.ERROR,
-            "stream quarantined",
-            message_id=log.MessageId.STREAM_QUARANTINED,
-            stream=stream,
-            peer=connection.peer,
-            client=name,
-            why=f"{DEATHS_MAX} workers died on it at the same packet",
-            refused="until released" if not entry.until_unix_s else f"for {QUARANTINE_S:.0f} s",
-        )
 
     def is_quarantined(self, address: Address) -> bool:
         """Whether who comes from there is to be refused."""
@@ -431,13 +371,9 @@ class Connections:
 
     def scan(self) -> None:
         """Once a second: what a lost message would have said."""
-        if not self._by_row:
-            return
-        rows = np.fromiter(self._by_row, np.intp, len(self._by_row))
-        states = self._core.state.connections[rows, Con.STATE]
-        for row in rows[states == ConnectionState.ENDED].tolist():
+        for row in self._rows.in_state(list(self._by_row), ConnectionState.ENDED):
             self.ended(row)
-        for row in rows[states == ConnectionState.RELEASED].tolist():
+        for row in self._rows.in_state(list(self._by_row), ConnectionState.RELEASED):
             self.released(row)
 
     def _leave_worker(self, connection: Connection) -> None:
@@ -446,7 +382,7 @@ class Connections:
             connection.worker = None
 
     def _state_of(self, connection: Connection) -> ConnectionState:
-        return ConnectionState(int(self._core.state.connections[connection.row, Con.STATE]))
+        return self._rows.state_of(connection.row)
 
     # -- on request
 
@@ -455,21 +391,16 @@ class Connections:
         if connection.row in self._waiting and not connection.greets:
             self._drop(connection, "kicked")
             return
-        self._flag(connection, ConnectionFlag.KICKED, on=True)
+        self._rows.flag(connection.row, ConnectionFlag.KICKED, on=True)
         self._tell(connection, Message(Kind.KICK, connection.row, reason=CloseReason.KICKED))
 
     def pause(self, connection: Connection) -> None:
-        self._flag(connection, ConnectionFlag.PAUSED, on=True)
+        self._rows.flag(connection.row, ConnectionFlag.PAUSED, on=True)
         self._tell(connection, Message(Kind.PAUSE, connection.row))
 
     def resume(self, connection: Connection) -> None:
-        self._flag(connection, ConnectionFlag.PAUSED, on=False)
+        self._rows.flag(connection.row, ConnectionFlag.PAUSED, on=False)
         self._tell(connection, Message(Kind.RESUME, connection.row))
-
-    def _flag(self, connection: Connection, flag: ConnectionFlag, *, on: bool) -> None:
-        table = self._core.state
-        at = table.connection_base(connection.row) + Con.FLAGS
-        table.words[at] = table.words[at] | flag if on else table.words[at] & ~flag
 
     def _tell(self, connection: Connection, message: Message) -> None:
         if connection.worker is not None:
@@ -522,7 +453,7 @@ class Connections:
 
     def _forget(self, connection: Connection) -> None:
         """The last close, unless the worker is just before its own. No epoll of ours ever knew the descriptor."""
-        self._set_state(connection, ConnectionState.FREE)
+        self._rows.give_back(connection.row)
         if connection.fd >= 0:
             os.close(connection.fd)
         name = self.listener_of(connection).name
@@ -531,7 +462,6 @@ class Connections:
         self._waiting.pop(connection.row, None)
         self._homeless.pop(connection.row, None)
         del self._by_row[connection.row]
-        self._free_rows.append(connection.row)
         self._core.set_head(Head.ACTIVE_CONNECTIONS, len(self._by_row))
         self.on_gone()
 
@@ -543,6 +473,10 @@ class Connections:
                     shut_down(connection.fd)
                 os.close(connection.fd)
         self._by_row.clear()
+
+
+def _quarantined() -> HelloError:
+    return HelloError(ErrorCode.QUARANTINED, "workers died on this stream; an operator can release it")
 
 
 def _first_message(connection: Connection) -> Message:

@@ -105,7 +105,7 @@ class Supervisor:
         self._connections = Connections(core, self._children)
         self._keeping = Keeping(core, self._store, self._connections.dups)
         self._connections.on_gone = self._keeping.ended
-        self._connections.on_quarantine = self._write_facts
+        self._connections.suspecting.on_change = self._write_facts
         self._accepting = Accepting(core, self._connections)
         self._accepting.on_change = self._listeners_changed
         self._accepting.carry = self._keeping.carry

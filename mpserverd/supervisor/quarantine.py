@@ -4,7 +4,7 @@ A death counts against a stream when its worker had it in hand at that moment (a
 the worker was not simply killed from outside. It counts as one more only if not a single packet of the stream was
 checked since the last one: whatever kills a worker stands at the same place then. Three make a quarantine: the
 connection is ended, everything that came from it is stored unchecked, and its client is refused: by id until an
-operator releases it, by address for QUARANTINE_S.
+operator releases it, by address for QUARANTINE_S. It is the same with a hello, of which nothing is stored.
 
 Pure: time comes in as an argument. Who is refused is kept over the supervisor's death by whoever calls ``facts``.
 """
@@ -16,7 +16,9 @@ from typing import Any
 
 DEATHS_MAX = 3
 QUIET_S = 60.0
-"""A death so long ago is forgotten."""
+"""A death so long ago is forgotten ..."""
+HANGS_REMEMBERED = 3
+"""... unless workers hang: each takes the heartbeat's timeout, and its replacement may hang again."""
 QUARANTINE_S = 600.0
 """For clients that are known by their address only, which may be another's tomorrow."""
 ENTRIES_MAX = 1000
@@ -43,20 +45,22 @@ class Quarantine:
     """Who is suspected, and who is refused."""
 
     def __init__(self) -> None:
-        self._suspicions: dict[int, _Suspicion] = {}
+        self._suspicions: dict[str, _Suspicion] = {}
         self._entries: dict[str, Entry] = {}
 
     # -- suspicion
 
-    def died(self, stream_number: int, checked: int, now_s: float) -> bool:
-        """A worker died with this stream in hand. True when it is once too often."""
-        self._suspicions = {number: known for number, known in self._suspicions.items() if now_s - known.at_s < QUIET_S}
-        known = self._suspicions.get(stream_number)
+    def died(self, suspect: str, checked: int, now_s: float, *, hang_s: float = 0.0) -> bool:
+        """A worker died with this stream or hello in hand. True when it is once too often. ``hang_s`` is how long one
+        that hangs is waited for."""
+        quiet_s = max(QUIET_S, HANGS_REMEMBERED * hang_s)
+        self._suspicions = {name: known for name, known in self._suspicions.items() if now_s - known.at_s < quiet_s}
+        known = self._suspicions.get(suspect)
         deaths = known.deaths + 1 if known is not None and known.checked == checked else 1
-        self._suspicions[stream_number] = _Suspicion(deaths, checked, now_s)
+        self._suspicions[suspect] = _Suspicion(deaths, checked, now_s)
         if deaths < DEATHS_MAX:
             return False
-        del self._suspicions[stream_number]
+        del self._suspicions[suspect]
         return True
 
     # -- who is refused

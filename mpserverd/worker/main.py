@@ -89,7 +89,7 @@ class Worker:
         self._owing: set[Connection] = set()
         """Connections whose client waits for an acknowledgement."""
         self._level = Level.DURABLE if launch.config.spool.sync is Sync.DURABLE else Level.STORED
-        self._reception = Reception(self._state, launch.index, self._epoll, self._send, self._slot + Slot.REASONS)
+        self._reception = Reception(self._state, launch.index, self._epoll, self._send, launch.slot)
         self._layouts = {
             number: PacketLayout.from_config(launch.config.layouts[listener.layout])
             for number, listener in launch.listeners.items()

@@ -16,7 +16,7 @@ import socket
 import time
 from collections.abc import Callable
 
-from mpserverd.arena.state import CloseReason, Con, ConnectionState, StateTable
+from mpserverd.arena.state import CloseReason, Con, ConnectionState, Slot, StateTable
 from mpserverd.net import tcp_info
 from mpserverd.net.channel import Kind, Message
 from mpserverd.protocol.mps import LINE_BYTES_MAX, Bye, ErrorCode, HelloError, hello_length
@@ -41,16 +41,17 @@ class Greeting:
 
 
 class Reception:
-    """``send`` passes a message to the supervisor; ``reasons_at`` is the word of the worker's first close reason."""
+    """``send`` passes a message to the supervisor; ``slot`` is the worker's, whose IN_HAND says what is looked at."""
 
     def __init__(
-        self, state: StateTable, index: int, epoll: select.epoll, send: Callable[[Message], None], reasons_at: int
+        self, state: StateTable, index: int, epoll: select.epoll, send: Callable[[Message], None], slot: int
     ) -> None:
         self._state = state
         self._index = index
         self._epoll = epoll
         self._send = send
-        self._reasons_at = reasons_at
+        self._in_hand = state.slot_base(slot) + Slot.IN_HAND
+        self._reasons_at = state.slot_base(slot) + Slot.REASONS
         self._greetings: dict[int, Greeting] = {}
         self._lingering: dict[int, tuple[socket.socket, float]] = {}
 
@@ -98,6 +99,7 @@ class Reception:
         return False
 
     def _look(self, greeting: Greeting, *, hung_up: bool) -> None:
+        self._state.words[self._in_hand] = greeting.row + 1
         try:
             peeked = greeting.sock.recv(LINE_BYTES_MAX, _PEEK_FLAGS)
         except BlockingIOError:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mpserverd.arena.state import FIRST_WORKER_SLOT, CloseReason, Con, RefuseReason, Slot, StateTable
+from mpserverd.arena.state import FIRST_WORKER_SLOT, CloseReason, Con, ConnectionState, RefuseReason, Slot, StateTable
 from mpserverd.control.client import DaemonRefusedError
 from tests.integration.supervisor_driver import RunningSupervisor, packets, wait_for
 from tests.integration.test_supervisor_clients import CLIENT, closed_at_once, refused
@@ -31,11 +31,16 @@ def writable_state(pid: int) -> StateTable:
     raise AssertionError(f"process {pid} has no state table")
 
 
-def die_of(supervisor: RunningSupervisor, row: int, number: signal.Signals = signal.SIGSEGV) -> None:
+def die_of(
+    supervisor: RunningSupervisor,
+    row: int,
+    number: signal.Signals = signal.SIGSEGV,
+    state_wanted: ConnectionState = ConnectionState.ASSIGNED,
+) -> None:
     """The worker dies of ``number`` with connection ``row`` in hand, and its successor takes up what it had."""
     (worker,) = wait_for(supervisor.workers)
     pid = int(worker["pid"])
-    wait_for(lambda: supervisor.word(Con.STATE) == [2])
+    wait_for(lambda: supervisor.word(Con.STATE) == [state_wanted])
     time.sleep(0.1)  # it takes its connections up before it dies
     state = writable_state(pid)
     os.kill(pid, signal.SIGSTOP)
@@ -111,3 +116,27 @@ def test_a_stream_that_gets_on_between_deaths_is_innocent(supervisor: RunningSup
             client.sendall(packets(50))
             wait_for(lambda: supervisor.taken()[0] % 1600 == 800 * (turn % 2))  # noqa: B023
     assert supervisor.ask("quarantine") == []
+
+
+def test_three_deaths_on_a_hello_refuse_the_hellos_of_its_address(tmp_path: Path) -> None:
+    def answer(client: socket.socket) -> bytes:
+        return client.makefile("rb").readline()
+
+    with RunningSupervisor(tmp_path, workers=1, listener='protocol = "mps"') as supervisor:
+        with supervisor.connect() as client:
+            client.sendall(b"MPS/1 half-a-hel")
+            wait_for(lambda: supervisor.word(Con.STATE) == [ConnectionState.HELLO])
+            row = row_of(supervisor)
+            for _ in range(3):
+                die_of(supervisor, row, state_wanted=ConnectionState.HELLO)
+            assert answer(client).startswith(b"ERR quarantined ")
+        assert [entry["client"] for entry in supervisor.ask("quarantine")] == ["hello@127.0.0.1"]
+        with supervisor.connect() as again:
+            assert answer(again).startswith(b"ERR quarantined "), "before it has said a word"
+        with connect_from(supervisor, "127.0.0.8") as other:
+            other.sendall(b"MPS/1 another 16\n")
+            assert answer(other).startswith(b"OK 0 ")
+        supervisor.ask("release", target="hello@127.0.0.1")
+        with supervisor.connect() as back:
+            back.sendall(b"MPS/1 half-a-hello 16\n")
+            assert answer(back).startswith(b"OK 0 ")

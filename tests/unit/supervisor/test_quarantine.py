@@ -9,22 +9,28 @@ from mpserverd.supervisor.quarantine import ENTRIES_MAX, QUARANTINE_S, QUIET_S, 
 
 def test_three_deaths_at_the_same_packet_are_once_too_often() -> None:
     quarantine = Quarantine()
-    assert [quarantine.died(7, 160, at) for at in (0.0, 1.0, 2.0)] == [False, False, True]
+    assert [quarantine.died("stream 7", 160, at) for at in (0.0, 1.0, 2.0)] == [False, False, True]
 
 
 def test_a_stream_that_got_on_between_two_deaths_is_innocent() -> None:
     quarantine = Quarantine()
-    assert not any(quarantine.died(7, 160 * at, float(at)) for at in range(100))
+    assert not any(quarantine.died("stream 7", 160 * at, float(at)) for at in range(100))
 
 
 def test_deaths_of_two_streams_are_not_added_up() -> None:
     quarantine = Quarantine()
-    assert not any(quarantine.died(at % 2, 0, float(at)) for at in range(4))
+    assert not any(quarantine.died(f"stream {at % 2}", 0, float(at)) for at in range(4))
 
 
 def test_a_quiet_minute_forgets() -> None:
     quarantine = Quarantine()
-    assert not any(quarantine.died(7, 160, at * QUIET_S) for at in range(10))
+    assert not any(quarantine.died("stream 7", 160, at * QUIET_S) for at in range(10))
+
+
+def test_three_hangs_are_three_deaths_however_long_each_is_waited_for() -> None:
+    quarantine = Quarantine()
+    hang_s = 5 * QUIET_S
+    assert [quarantine.died("stream 7", 160, at * hang_s, hang_s=hang_s) for at in range(3)] == [False, False, True]
 
 
 def test_a_named_client_stays_out_until_it_is_released() -> None:
