@@ -88,6 +88,13 @@ COUNTERS: tuple[Counter, ...] = (
         _S, 21, "hello_quarantined", "connections", "Hellos answered with ERR quarantined: workers died on its stream."
     ),
     Counter(_S, 22, "child_deaths", "deaths", "Workers and storers that ended without being told to."),
+    Counter(
+        _S,
+        23,
+        "rebalanced",
+        "connections",
+        "Connections moved because their worker did much more than the others; in handed_over too.",
+    ),
     Counter(_W, 0, "blocked", "times", "Times that a stream was not read because the arena had no place for it."),
     Counter(
         _W, 1, "dropped_packets", "packets", "Packets dropped because on_full = drop-oldest and the arena was full."

@@ -37,10 +37,12 @@ def choose(loads: Sequence[Load], last_index: int) -> int:
 
 LOPSIDED = 1.5
 """The busiest worker is relieved when it does so many times the mean ..."""
-BUSY_RATE = 10_000.0
-"""... and that is so many packets/s at least: below, nobody gains."""
-GAIN_MIN = 0.1
-"""A move must take so much off the larger of the two loads; else the two would swap for ever."""
+BUSY_CORES = 0.1
+"""... and that is so much of a core at least: below, nobody gains."""
+GAIN_MIN = 0.2
+"""Who takes a connection must stay so far below what the busiest did; else the two would swap for ever."""
+PART_MIN = 0.02
+"""A connection that does less of what its worker does is not worth a move."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,25 +53,49 @@ class Move:
     to_index: int
 
 
-def is_lopsided(rates: Sequence[float]) -> bool:
-    """``rates`` of all workers, packets/s."""
-    if len(rates) < 2:
+def is_lopsided(loads: Sequence[float]) -> bool:
+    """``loads`` of all workers, in cores."""
+    if len(loads) < 2:
         return False
-    return max(rates) > max(LOPSIDED * sum(rates) / len(rates), BUSY_RATE)
+    return max(loads) > max(LOPSIDED * sum(loads) / len(loads), BUSY_CORES)
 
 
-def choose_move(rates: Mapping[int, float], hot_index: int, candidates: Mapping[int, float]) -> Move | None:
-    """The move from the worker ``hot_index`` to the idlest one that levels the two best; None when none helps.
+def shares(load: float, weights: Mapping[int, float]) -> dict[int, float]:
+    """What each connection has in its worker's ``load``, by row; ``weights`` are those of all that it has."""
+    whole = sum(weights.values())
+    return {row: load * weight / whole if whole else 0.0 for row, weight in weights.items()}
 
-    ``rates`` by worker index and ``candidates`` by connection row, both packets/s.
+
+def choose_moves(
+    loads: Mapping[int, float], hot_index: int, candidates: Mapping[int, float], count_max: int
+) -> list[Move]:
+    """The moves that relieve the worker ``hot_index``, one after the other, until it is no longer lopsided.
+
+    ``loads`` by worker index and ``candidates`` by connection row, both in cores.
     """
-    cold_index = min(rates, key=lambda index: (rates[index], index))
-    hot, cold = rates[hot_index], rates[cold_index]
-    if cold_index == hot_index or not candidates:
+    after, left = dict(loads), dict(candidates)
+    moves: list[Move] = []
+    while len(moves) < count_max and is_lopsided(list(after.values())):
+        move = choose_move(after, hot_index, left)
+        if move is None:
+            break
+        moves.append(move)
+        moved = left.pop(move.row)
+        after[hot_index] -= moved
+        after[move.to_index] += moved
+    return moves
+
+
+def choose_move(loads: Mapping[int, float], hot_index: int, candidates: Mapping[int, float]) -> Move | None:
+    """The move from the worker ``hot_index`` to the idlest one that levels the two best; None when none helps."""
+    cold_index = min(loads, key=lambda index: (loads[index], index))
+    hot, cold = loads[hot_index], loads[cold_index]
+    helpful = [
+        row
+        for row, part in candidates.items()
+        if part and part >= hot * PART_MIN and cold + part <= hot * (1 - GAIN_MIN)
+    ]
+    if not helpful:
         return None
-
-    def larger_after(row: int) -> float:
-        return max(hot - candidates[row], cold + candidates[row])
-
-    row = min(candidates, key=lambda row: (larger_after(row), row))
-    return Move(row, cold_index) if larger_after(row) < hot * (1 - GAIN_MIN) else None
+    row = min(helpful, key=lambda row: (max(hot - candidates[row], cold + candidates[row]), row))
+    return Move(row, cold_index)

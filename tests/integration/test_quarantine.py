@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -46,7 +47,8 @@ def die_of(
     os.kill(pid, signal.SIGSTOP)
     state.words[state.slot_base(FIRST_WORKER_SLOT) + Slot.IN_HAND] = row + 1
     os.kill(pid, number)
-    os.kill(pid, signal.SIGCONT)
+    with contextlib.suppress(ProcessLookupError):  # dead of SIGKILL, and reaped
+        os.kill(pid, signal.SIGCONT)
     wait_for(lambda: [w["pid"] for w in supervisor.workers() if w["pid"] != pid])
     os.close(state.fd)
 

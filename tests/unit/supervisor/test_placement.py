@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpserverd.supervisor.placement import BUSY_RATE, Load, Move, choose, choose_move, is_lopsided
+from mpserverd.supervisor.placement import (
+    BUSY_CORES,
+    Load,
+    Move,
+    choose,
+    choose_move,
+    choose_moves,
+    is_lopsided,
+    shares,
+)
 
 
 def place_many(loads: list[Load], count: int) -> Counter[int]:
@@ -63,31 +72,46 @@ def test_without_workers_there_is_nothing_to_choose() -> None:
 
 
 def test_one_worker_is_never_lopsided() -> None:
-    assert not is_lopsided([1e6])
+    assert not is_lopsided([1.0])
     assert not is_lopsided([])
 
 
 def test_a_worker_with_more_than_half_above_the_mean_is_relieved() -> None:
-    assert is_lopsided([160_000.0, 40_000.0])
-    assert not is_lopsided([140_000.0, 60_000.0])
+    assert is_lopsided([0.8, 0.2])
+    assert not is_lopsided([0.7, 0.3])
 
 
 def test_nobody_moves_while_there_is_little_to_do() -> None:
-    assert not is_lopsided([BUSY_RATE, 0.0])
+    assert not is_lopsided([BUSY_CORES, 0.0])
 
 
 def test_the_connection_that_levels_two_workers_best_moves_to_the_idlest() -> None:
-    rates = {0: 100_000.0, 1: 20_000.0, 2: 0.0}
-    assert choose_move(rates, 0, {5: 10_000.0, 6: 50_000.0, 7: 90_000.0}) == Move(6, 2)
+    loads = {0: 1.0, 1: 0.2, 2: 0.0}
+    assert choose_move(loads, 0, {5: 0.1, 6: 0.5, 7: 0.9}) == Move(6, 2)
+
+
+def test_moves_stop_when_the_worker_is_relieved_and_at_their_limit() -> None:
+    loads, candidates = {0: 1.0, 1: 0.0, 2: 0.0}, dict.fromkeys(range(10), 0.1)
+    assert [move.to_index for move in choose_moves(loads, 0, candidates, 9)] == [1, 2, 1, 2, 1]
+    assert len(choose_moves(loads, 0, candidates, 2)) == 2
+
+
+def test_a_worker_s_load_is_shared_out_by_weight() -> None:
+    assert shares(0.8, {3: 100.0, 4: 300.0}) == {3: pytest.approx(0.2), 4: pytest.approx(0.6)}
+    assert shares(0.8, {3: 0.0}) == {3: 0.0}
+
+
+def test_a_worker_with_many_small_connections_is_relieved_too() -> None:
+    assert choose_move({0: 1.0, 1: 0.0}, 0, dict.fromkeys(range(40), 0.025)) == Move(0, 1)
 
 
 def test_a_worker_with_one_hot_connection_keeps_it() -> None:
-    assert choose_move({0: 100_000.0, 1: 0.0}, 0, {5: 100_000.0}) is None
+    assert choose_move({0: 1.0, 1: 0.0}, 0, {5: 1.0}) is None
 
 
 def test_silent_connections_are_left_where_they_are() -> None:
-    assert choose_move({0: 100_000.0, 1: 0.0}, 0, {5: 0.0, 6: 100.0}) is None
-    assert choose_move({0: 100_000.0, 1: 0.0}, 0, {}) is None
+    assert choose_move({0: 1.0, 1: 0.0}, 0, {5: 0.0, 6: 0.001}) is None
+    assert choose_move({0: 1.0, 1: 0.0}, 0, {}) is None
 
 
 @given(st.lists(st.floats(0, 1e7), min_size=1, max_size=40), st.integers(2, 8), st.randoms(use_true_random=False))
