@@ -432,7 +432,7 @@ class Connections:
             self._core.count("truncated_packets")
         log.event(logger, logging.INFO, "connection ended", message_id=log.MessageId.CLIENT_ENDED, **fields)
         self._forget(connection)
-        if stream is not None:
+        if stream is not None and self.streams.user(stream) == connection.row:
             self.streams.drain(stream)
             self._core.ring_storer()
 

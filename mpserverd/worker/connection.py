@@ -45,7 +45,7 @@ CheckerMaker = Callable[[int], Checker]
 
 
 class StaleHintError(MpserverdError):
-    """An ATTACH whose row has moved on; the descriptor is closed and nothing is lost."""
+    """An ATTACH whose stream is gone: there is nowhere to put what would be read."""
 
 
 class Connection:

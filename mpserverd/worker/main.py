@@ -121,15 +121,7 @@ class Worker:
             events = self._epoll.poll(self._patience_s(next_pass_s, next_tick_s))
             now_s = time.monotonic()
             for fd, mask in events:
-                connection = self._by_fd.get(fd)
-                if connection is not None:
-                    self._read(connection)
-                elif fd == self._launch.doorbell_fd:
-                    self._answer_doorbell()
-                elif fd == self._channel.fileno():
-                    self._take_messages()
-                else:
-                    self._reception.handle(fd, mask)
+                self._handle(fd, mask)
             if self._rung and self._owing:
                 self._acknowledge()
             if (self._blocked or self._closing) and (self._rung or now_s >= next_retry_s):
@@ -147,6 +139,20 @@ class Worker:
                 self._flush()
             self._words[self._in_hand] = 0
         self._leave()
+
+    def _handle(self, fd: int, mask: int) -> None:
+        """An event. It may be stale: what came before it in the same batch has closed the descriptor, or paused its
+        connection, and the number may be another's by now. Such a one is not registered, or has nothing to read."""
+        connection = self._by_fd.get(fd)
+        if connection is not None:
+            if connection.registered:
+                self._read(connection)
+        elif fd == self._launch.doorbell_fd:
+            self._answer_doorbell()
+        elif fd == self._channel.fileno():
+            self._take_messages()
+        else:
+            self._reception.handle(fd, mask)
 
     def _patience_s(self, next_pass_s: float, next_tick_s: float) -> float:
         now_s = time.monotonic()
@@ -389,7 +395,7 @@ class Worker:
             connection = Connection(self._state, self._pool, row, sock, self._checker_for, level)
         except StaleHintError as stale:
             log.event(_log, logging.WARNING, "connection not taken up", reason=str(stale), row=row)
-            sock.close()
+            self._reception.end_socket(row, sock, CloseReason.FAILED)
             return
         connection.idle_timeout_ns = int(listener.idle_timeout_s * 1e9)
         connection.silent_timeout_ns = int(listener.handshake_timeout_s * 1e9)

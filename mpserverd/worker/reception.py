@@ -74,7 +74,7 @@ class Reception:
         sock = self._take(message)
         if sock is not None:
             line = (message.payload or {}).get("line", "")
-            self._end(message.row, sock, CloseReason(message.reason), line.encode("ascii", "replace"))
+            self.end_socket(message.row, sock, CloseReason(message.reason), line.encode("ascii", "replace"))
 
     def _take(self, message: Message) -> socket.socket | None:
         """The message's socket, when its row still says that it is ours to look at."""
@@ -106,7 +106,7 @@ class Reception:
             return
         except OSError:
             self._leave(greeting)
-            self._end(greeting.row, greeting.sock, CloseReason.RESET)
+            self.end_socket(greeting.row, greeting.sock, CloseReason.RESET)
             return
         try:
             length = hello_length(peeked)
@@ -117,7 +117,7 @@ class Reception:
             self._let_go(greeting, {"line": peeked[:length].decode("latin-1")})
         elif hung_up or not peeked:
             self._leave(greeting)
-            self._end(greeting.row, greeting.sock, CloseReason.ENDED)
+            self.end_socket(greeting.row, greeting.sock, CloseReason.ENDED)
 
     def _let_go(self, greeting: Greeting, said: dict[str, str] | None) -> None:
         """The row is the supervisor's again; with ``said`` it hears why, without it asks another worker."""
@@ -133,7 +133,8 @@ class Reception:
         self._epoll.unregister(fd)
         del self._greetings[fd]
 
-    def _end(self, row: int, sock: socket.socket, reason: CloseReason, line: bytes = b"") -> None:
+    def end_socket(self, row: int, sock: socket.socket, reason: CloseReason, line: bytes = b"") -> None:
+        """End a connection that was not read, with a line or without. Owns the socket."""
         words, base = self._state.words, self._state.connection_base(row)
         if line:
             with contextlib.suppress(OSError):  # gone, or its window is closed: then it does not hear it
@@ -154,7 +155,7 @@ class Reception:
             return False
         self._leave(greeting)
         word = BYE_REASONS.get(reason)
-        self._end(row, greeting.sock, reason, Bye(word).to_line() if word else b"")
+        self.end_socket(row, greeting.sock, reason, Bye(word).to_line() if word else b"")
         return True
 
     def end_all(self, reason: CloseReason) -> None:

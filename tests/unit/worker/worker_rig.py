@@ -145,6 +145,12 @@ class WorkerRig:
         for connection in list(worker._by_fd.values()):
             worker._read(connection)
 
+    @staticmethod
+    def handle(worker: Worker, events: int) -> None:
+        """An event for each of its sockets."""
+        for fd in list(worker._by_fd):
+            worker._handle(fd, events)
+
     def send(self, content: bytes) -> None:
         """To the worker's socket; nothing when that has been shut down."""
         with contextlib.suppress(OSError):
