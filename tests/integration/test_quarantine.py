@@ -122,7 +122,8 @@ def test_a_stream_that_gets_on_between_deaths_is_innocent(supervisor: RunningSup
 
 def test_three_deaths_on_a_hello_refuse_the_hellos_of_its_address(tmp_path: Path) -> None:
     def answer(client: socket.socket) -> bytes:
-        return client.makefile("rb").readline()
+        with client.makefile("rb") as lines:
+            return lines.readline()
 
     with RunningSupervisor(tmp_path, workers=1, listener='protocol = "mps"') as supervisor:
         with supervisor.connect() as client:
