@@ -19,7 +19,8 @@ from mpserverd.control.messages import Reply, Request
 from mpserverd.errors import MpserverdError, UsageError
 from mpserverd.net.channel import Kind
 from mpserverd.supervisor.accepting import Accepting
-from mpserverd.supervisor.children import Child, Children
+from mpserverd.supervisor.child import Child
+from mpserverd.supervisor.children import Children
 from mpserverd.supervisor.connection import Connection
 from mpserverd.supervisor.connections import Connections
 from mpserverd.supervisor.control_server import Answer, Peer, tell_change

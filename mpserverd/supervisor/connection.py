@@ -12,7 +12,7 @@ import socket
 from mpserverd.arena.state import CloseReason
 from mpserverd.net.allowlist import Address
 from mpserverd.protocol.mps import Hello
-from mpserverd.supervisor.children import Child
+from mpserverd.supervisor.child import Child
 from mpserverd.supervisor.naming import peer_text
 
 

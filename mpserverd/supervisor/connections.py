@@ -31,7 +31,8 @@ from mpserverd.config.schema import ListenerConfig
 from mpserverd.net.allowlist import Address, AddressTable
 from mpserverd.net.channel import Kind, Message
 from mpserverd.protocol.mps import ErrorCode, Hello, HelloError
-from mpserverd.supervisor.children import Child, Children
+from mpserverd.supervisor.child import Child
+from mpserverd.supervisor.children import Children
 from mpserverd.supervisor.connection import Connection, Sentence, shut_down
 from mpserverd.supervisor.connection_rows import ConnectionRows
 from mpserverd.supervisor.core import Core

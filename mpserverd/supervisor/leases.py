@@ -6,7 +6,7 @@ The chunk table is the truth; what is kept here are only wishes, and a lost wish
 from __future__ import annotations
 
 from mpserverd.arena.state import Head
-from mpserverd.supervisor.children import Child
+from mpserverd.supervisor.child import Child
 from mpserverd.supervisor.core import Core, ring
 from mpserverd.supervisor.policy import lease_count
 

@@ -23,7 +23,8 @@ from mpserverd.errors import StartError
 from mpserverd.net import tcp_info
 from mpserverd.net.channel import Kind, Message
 from mpserverd.supervisor.accepting import Accepting
-from mpserverd.supervisor.children import Child, Children
+from mpserverd.supervisor.child import Child
+from mpserverd.supervisor.children import Children
 from mpserverd.supervisor.commands import Commands
 from mpserverd.supervisor.connections import Connections
 from mpserverd.supervisor.connections_lock import lock

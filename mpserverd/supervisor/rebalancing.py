@@ -13,7 +13,8 @@ import logging
 
 from mpserverd import log
 from mpserverd.arena.state import Slot, Str
-from mpserverd.supervisor.children import Child, Children
+from mpserverd.supervisor.child import Child
+from mpserverd.supervisor.children import Children
 from mpserverd.supervisor.connection import Connection
 from mpserverd.supervisor.connections import Connections
 from mpserverd.supervisor.core import Core

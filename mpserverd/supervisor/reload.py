@@ -22,7 +22,8 @@ from mpserverd.config.schema import Config
 from mpserverd.errors import ConfigError, StartError
 from mpserverd.net.channel import Kind
 from mpserverd.supervisor.accepting import Accepting
-from mpserverd.supervisor.children import Child, Children
+from mpserverd.supervisor.child import Child
+from mpserverd.supervisor.children import Children
 from mpserverd.supervisor.connections import Connections
 from mpserverd.supervisor.core import Core
 from mpserverd.supervisor.settings import effective

@@ -14,7 +14,8 @@ import time
 import numpy as np
 
 from mpserverd.arena.state import SUPERVISOR_SLOT, Slot, Str
-from mpserverd.supervisor.children import Child, Children
+from mpserverd.supervisor.child import Child
+from mpserverd.supervisor.children import Children
 from mpserverd.supervisor.connections import Connections
 from mpserverd.supervisor.core import Core
 

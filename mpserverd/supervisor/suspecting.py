@@ -14,7 +14,7 @@ from collections.abc import Callable
 from mpserverd import log
 from mpserverd.arena.state import Check, Con, ConnectionState, Slot, Str
 from mpserverd.net.allowlist import Address
-from mpserverd.supervisor.children import Child
+from mpserverd.supervisor.child import Child
 from mpserverd.supervisor.connection import Connection
 from mpserverd.supervisor.core import Core
 from mpserverd.supervisor.quarantine import DEATHS_MAX, QUARANTINE_S, Quarantine

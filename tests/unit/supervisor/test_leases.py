@@ -9,7 +9,7 @@ import pytest
 from mpserverd.arena.chunks import FREE
 from mpserverd.arena.counters import Role, column
 from mpserverd.arena.state import FIRST_WORKER_SLOT, SUPERVISOR_SLOT, Head
-from mpserverd.supervisor.children import Child
+from mpserverd.supervisor.child import Child
 from mpserverd.supervisor.core import Core
 from mpserverd.supervisor.leases import ASKED_LATELY_S, Leases
 from mpserverd.supervisor.policy import RestartPolicy

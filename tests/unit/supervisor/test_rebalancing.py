@@ -10,7 +10,7 @@ import pytest
 
 from mpserverd.arena.counters import Role, column
 from mpserverd.arena.state import FIRST_WORKER_SLOT, SUPERVISOR_SLOT, Slot, Str
-from mpserverd.supervisor.children import Child
+from mpserverd.supervisor.child import Child
 from mpserverd.supervisor.connection import Connection
 from mpserverd.supervisor.core import Core
 from mpserverd.supervisor.policy import RestartPolicy
