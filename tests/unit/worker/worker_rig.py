@@ -186,3 +186,4 @@ class WorkerRig:
             sock.close()
         for fd in (*self._bells, self.state.fd, self.arena.table.fd, self.arena.data_fd):
             os.close(fd)
+        self.workers.clear()
