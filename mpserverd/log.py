@@ -1,4 +1,5 @@
-"""Logging for every process of the daemon: ``setup`` once after each fork, then ``event`` for each thing that happened.
+"""Logging for every process of the daemon: ``setup`` at the start, ``setup_child`` after each fork, then ``event`` for
+each thing that happened.
 
 A line is constant text, then ``key=value`` with the unit in the key. Never one a packet. What the targets promise
 stands in log_targets.py, how values are written in log_text.py, the events with a number of their own in log_ids.py.
@@ -9,6 +10,7 @@ stands in log_targets.py, how values are written in log_text.py, the events with
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from typing import Any
@@ -19,18 +21,56 @@ from mpserverd.log_ids import MessageId
 from mpserverd.log_targets import FileTarget, JournalTarget, StderrTarget, Target
 from mpserverd.log_text import RateLimiter, event_text
 
-__all__ = ["MessageId", "RateLimiter", "event", "reopen", "set_level", "setup"]
+__all__ = [
+    "MessageId",
+    "Prepared",
+    "RateLimiter",
+    "event",
+    "install",
+    "prepare",
+    "reopen",
+    "set_level",
+    "setup",
+    "setup_child",
+]
 
 _log = logging.getLogger(__name__)
 
 
-def setup(config: LogConfig, *, process: str) -> None:
-    """Send everything that this process logs to the configured targets; call it again after a fork or a reload.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prepared:
+    """Open targets that nothing is written to yet: ``install`` them, or ``close`` them."""
 
-    ``process`` names the process in its lines: "supervisor", "worker-1", "storer". Targets of an earlier call are
-    dropped; their descriptors are closed only if this process opened them. Raises StartError when the log file cannot
-    be opened; the targets of the earlier call then stay. Without journald, standard error takes its place.
+    config: LogConfig
+    targets: tuple[Target, ...]
+    notes: tuple[str, ...]
+
+    def close(self) -> None:
+        for target in self.targets:
+            target.close()
+
+
+def setup(config: LogConfig, *, process: str) -> None:
+    """Send everything that this process logs to the configured targets, instead of those of an earlier call.
+
+    ``process`` names the process in its lines: "supervisor", "worker-1", "storer". Raises StartError when the log file
+    cannot be opened; the targets of the earlier call then stay. Without journald, standard error takes its place.
     """
+    install(prepare(config, process=process))
+
+
+def setup_child(config: LogConfig, *, process: str) -> None:
+    """The same after a fork, where nothing is reason enough not to start: standard error takes the file's place."""
+    try:
+        setup(config, process=process)
+    except StartError as error:
+        others = tuple(target for target in config.target if target is not LogTarget.FILE)
+        setup(dataclasses.replace(config, target=others or (LogTarget.STDERR,)), process=process)
+        event(_log, logging.ERROR, "no log file", error=error, goes_on="without it")
+
+
+def prepare(config: LogConfig, *, process: str) -> Prepared:
+    """Open the targets and change nothing. Raises StartError."""
     fresh: list[Target] = []
     notes: list[str] = []
     for target in config.target:
@@ -44,16 +84,21 @@ def setup(config: LogConfig, *, process: str) -> None:
             notes.append(error.strerror or str(error))
             if LogTarget.STDERR not in config.target:
                 fresh.append(_make(LogTarget.STDERR, config, process))
+    return Prepared(config, tuple(fresh), tuple(notes))
+
+
+def install(prepared: Prepared) -> None:
+    """Log to these from now on. Descriptors of earlier targets are closed only if this process opened them."""
     root = logging.getLogger()
     earlier = _targets()
     for old in earlier:
         root.removeHandler(old)
         old.close()
-    for handler in fresh:
+    for handler in prepared.targets:
         root.addHandler(handler)
-    set_level(config.level)
+    set_level(prepared.config.level)
     if not earlier:  # else it was said before the fork
-        for reason in notes:
+        for reason in prepared.notes:
             event(_log, logging.WARNING, "journald does not answer", used_instead="stderr", reason=reason)
 
 

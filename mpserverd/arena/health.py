@@ -21,6 +21,7 @@ HEARTBEAT_AGE_S_MAX = 5.0
 def health(live: LiveState) -> dict[str, Any]:
     """What a health probe asks: each check with what was found, and whether all are fine."""
     checks = [_phase_check(live), *_worker_checks(live), *_storer_checks(live), _supervisor_check(live)]
+    checks += _reload_checks(live)
     wrong = [one for one in live.ledger.equations if not one.holds]
     off = len(live.ledger.off)
     text = "every equation holds"
@@ -45,6 +46,12 @@ def _phase_check(live: LiveState) -> dict[str, Any]:
 
 def _supervisor_check(live: LiveState) -> dict[str, Any]:
     return _beat_check(live, "supervisor", live.state.slots[SUPERVISOR_SLOT])
+
+
+def _reload_checks(live: LiveState) -> list[dict[str, Any]]:
+    """One that was refused is there to be seen, and no fault: the daemon serves with the settings that it had."""
+    error = live.facts.get("reload_error")
+    return [_check("reload", True, f"refused, the settings before it are in force: {error}")] if error else []
 
 
 def _worker_checks(live: LiveState) -> list[dict[str, Any]]:

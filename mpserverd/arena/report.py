@@ -50,6 +50,7 @@ def stats(live: LiveState, host: dict[str, Any] | None = None) -> dict[str, Any]
         "pid": live.facts.get("pid", 0),
         "phase": Phase(words[Head.PHASE]).name.lower(),
         "uptime_s": live.facts.get("uptime_s", 0.0),
+        "reload_error": live.facts.get("reload_error"),
         "active_connections": int(words[Head.ACTIVE_CONNECTIONS]),
         "max_connections": live.facts.get("max_clients", 0),
         "total_connections": int(words[Head.TOTAL_CONNECTIONS]),

@@ -56,6 +56,8 @@ def stats_view(report: dict[str, Any], out: TextIO) -> None:
             + ("-" if host["net_bytes_per_s"] is None else f"{human_bytes(host['net_bytes_per_s'])}/s"),
         ),
     ]
+    if report["reload_error"]:
+        pairs.insert(1, ("reload refused", report["reload_error"]))
     print_pairs("", pairs, out)
     print(file=out)
     workers_view(report["worker_list"], out)
@@ -200,5 +202,3 @@ def reload_view(report: dict[str, Any], out: TextIO) -> None:
         print(text, file=out)
     for key in report.get("needs_restart", []):
         print(f"{key}: needs a restart", file=out)
-    if report.get("note"):
-        print(report["note"], file=out)

@@ -46,7 +46,6 @@ GARBAGE_OBJECTS = 50_000
 
 def run(launch: Launch) -> NoReturn:
     """Serve until DRAIN or DETACH_ALL is done. Never returns: the caller forked."""
-    log.setup(launch.config.log, process=launch.name)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     gc.freeze()  # what the supervisor made is never garbage here
     gc.set_threshold(GARBAGE_OBJECTS)

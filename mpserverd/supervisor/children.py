@@ -44,6 +44,7 @@ FORK_AGAIN_S = 1.0
 SEND_AGAIN_S = 0.1
 MESSAGES_A_WAKE = 256
 _SPARE_MESSAGES = 1024
+_MAY_WRITE = frozenset({ChildState.RUNNING, ChildState.STOPPING})
 _PEER_GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ECONNREFUSED})
 
 
@@ -158,7 +159,7 @@ class Children:
             slot=child.slot,
             lease=child.lease,
             parent_pid=os.getpid(),
-            config=core.config,
+            config=core.config_for_children(),
             listeners=dict(core.listeners),
             state_fd=core.state.fd,
             table_fd=core.arena.table.fd,
@@ -411,12 +412,14 @@ class Children:
             elif child.state is ChildState.STUCK:
                 if child.role is Role.STORER and max(age_ns, turn_ns) <= timeout_ns:
                     self._apply(child, ChildEvent.BEAT_SEEN)
+                    if not child.wanted:
+                        self._apply(child, ChildEvent.TOLD_TO_STOP)
                     self._core.note(logger, logging.INFO, "child recovered", child=child.name, pid=child.pid)
             elif age_ns > timeout_ns and child.role is Role.WORKER:
                 self.kill(child, f"gave no sign of life for {age_ns / 1e9:.1f} s")
-            elif age_ns > timeout_ns and child.state is ChildState.RUNNING:
+            elif age_ns > timeout_ns and child.state in _MAY_WRITE:
                 self._call_stuck(child, f"gave no sign of life for {age_ns / 1e9:.1f} s; slow I/O is waited for")
-            elif turn_ns > timeout_ns and child.state is ChildState.RUNNING:
+            elif turn_ns > timeout_ns and child.state in _MAY_WRITE:
                 self._call_stuck(child, f"has been writing for {turn_ns / 1e9:.1f} s; a slow disk is waited for")
             elif (
                 child.state is ChildState.STARTING

@@ -134,6 +134,7 @@ class Commands:
             "slots": {"supervisor": SUPERVISOR_SLOT, "storer": STORER_SLOT, "first_worker": FIRST_WORKER_SLOT},
             "spool": core.config.spool.path,
             "sync": str(core.config.spool.sync),
+            "reload_error": self._reload.last_error or None,
             "listeners": self._listener_facts(),
             "clients": [client.id for client in core.config.clients],
             "workers": [_child_facts(child) for child in self._children.workers()],
@@ -244,6 +245,7 @@ class Commands:
         if level not in list(LogLevel):
             raise UsageError(f"log level {level!r:.60} is none of {', '.join(LogLevel)}")
         log.set_level(level)
+        self._core.log_level = level
         self._children.broadcast(Kind.LOG_LEVEL, {"level": level})
         return {"level": level}
 

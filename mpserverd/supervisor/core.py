@@ -15,7 +15,7 @@ from mpserverd import log
 from mpserverd.arena.chunks import Arena
 from mpserverd.arena.counters import Role, column
 from mpserverd.arena.state import FIRST_WORKER_SLOT, SUPERVISOR_SLOT, Head, Phase, RefuseReason, Slot, StateTable
-from mpserverd.config.schema import Config, ListenerConfig
+from mpserverd.config.schema import Config, ListenerConfig, LogLevel
 from mpserverd.limits import WORKERS_MAX
 from mpserverd.supervisor.events import EventRing
 from mpserverd.supervisor.loop import Loop
@@ -72,6 +72,8 @@ class Core:
     """What the tables and limits made at the start allow; a reload may raise ``max_clients`` up to this."""
     listeners: dict[int, ListenerConfig] = dataclasses.field(default_factory=dict)
     stopping: bool = False
+    log_level: str = ""
+    """What mpserverctl has set; "" for the settings' own. Until a reload."""
     draining: bool = False
     """No new connections are let in; set by the command drain."""
     spool_lock_fd: int = -1
@@ -92,6 +94,13 @@ class Core:
         """A line in the log and an event for mpserverctl; ``kind`` is constant text, such as "child died"."""
         log.event(logger, level, kind, message_id=message_id, **fields)
         self.events.add(kind, source=source, **fields)
+
+    def config_for_children(self) -> Config:
+        """The settings in force, with the log level in force."""
+        if not self.log_level:
+            return self.config
+        log_config = dataclasses.replace(self.config.log, level=LogLevel(self.log_level))
+        return dataclasses.replace(self.config, log=log_config)
 
     def count(self, name: str, amount: int = 1) -> None:
         """Add to one of the supervisor's own counters."""

@@ -120,6 +120,7 @@ class Supervisor:
             else None
         )
         self._reload = Reload(core, self._children, self._connections, self._accepting, reload_config)
+        self._reload.on_outcome = lambda: self._say_status(time.monotonic())
         commands = Commands(
             core,
             self._children,
@@ -174,8 +175,9 @@ class Supervisor:
         taking_up = self._taking_up
         if taking_up is not None:
             taking_up.know_listeners()
+        self._keeping.know_listeners({name: sock.fileno() for name, sock in self._inherited.listeners.items()})
         self._accepting.open_all(self._core.config, self._inherited.listeners)
-        self._keeping.drop_listeners(self._inherited.close_listeners())
+        self._inherited.close_listeners()
         if taking_up is not None:
             taking_up.take_up(self._inherited, self._store, self._keeping)
         else:
@@ -427,6 +429,8 @@ class Supervisor:
         self._status_s = now_s
         rate = sum(int(self._core.state.slots[child.slot, Slot.RATE_MILLI]) for child in self._children.workers())
         status = f"{len(self._connections)} clients, {rate // 1000} packets/s"
+        if self._reload.last_error:
+            status = f"reload refused: {self._reload.last_error}"
         if status != self._status:
             self._status = status
             self._notifier.status(status)

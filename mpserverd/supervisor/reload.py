@@ -1,7 +1,7 @@
 """A new configuration without a restart: take over what differs, then move every connection to fresh processes.
 
-A configuration that is wrong, or a listener that cannot be opened, changes nothing. What needs a restart is kept as
-it was and named. Fresh workers start beside the old ones; when they are ready the old ones hand over their
+A configuration that is wrong, a listener or a log file that cannot be opened, changes nothing. What needs a restart is
+kept as it was and named. Fresh workers start beside the old ones; when they are ready the old ones hand over their
 connections, one by one and without a gap, and leave. The storer is replaced by itself: one writer at a time.
 """
 
@@ -25,7 +25,7 @@ from mpserverd.supervisor.accepting import Accepting
 from mpserverd.supervisor.child import Child
 from mpserverd.supervisor.children import Children
 from mpserverd.supervisor.connections import Connections
-from mpserverd.supervisor.core import Core
+from mpserverd.supervisor.core import WORKER_SLOTS, Core
 from mpserverd.supervisor.settings import effective
 from mpserverd.supervisor.states import ChildState
 
@@ -35,10 +35,11 @@ STEP_INTERVAL_S = 0.05
 FRESH_TIMEOUT_S = 20.0
 """Fresh workers that are not ready by then: go on with those that are, or give the move up if none is."""
 STORER_TIMEOUT_S = 30.0
+"""After that the reload is over, whatever an old storer does."""
 
 
 class Reload:
-    """One after the other; a request while processes are being replaced is taken up after that."""
+    """One after the other: while processes are being replaced a command is refused, and a signal is remembered."""
 
     def __init__(
         self,
@@ -57,6 +58,10 @@ class Reload:
         self._old: list[Child] = []
         self._since_s = 0.0
         self._again = False
+        self.last_error = ""
+        """Why the last one was refused, on one line; "" when it was not."""
+        self.on_outcome: Callable[[], None] = _nothing
+        """Called when ``last_error`` may have changed."""
 
     @property
     def under_way(self) -> bool:
@@ -66,16 +71,14 @@ class Reload:
         """Reload, and say what came of it. Raises ConfigError or StartError; then nothing has changed."""
         if self._core.stopping:
             raise StartError("the daemon stops")
+        if self.under_way:
+            raise StartError("a reload is under way; try again when the old processes have left")
         try:
-            config, kept = effective(self._core.config, self._read(), self._core.clients_max)
-            if self.under_way:
-                self._again = True
-                return {"changed": [], "needs_restart": kept, "note": "a reload is under way; this one follows it"}
-            changed = self._accepting.change(config)
+            config, kept, targets, changed = self._prepare()
         except (ConfigError, StartError) as error:
             self._refused(error)
             raise
-        changed += self._take_over(config)
+        changed += self._take_over(config, targets)
         self._accepting.on_change()
         for key in kept:
             log.event(
@@ -90,8 +93,30 @@ class Reload:
             changed="; ".join(changed) or "nothing",
             needs_restart=", ".join(kept) or "nothing",
         )
+        self.last_error = ""
         self._replace_processes()
+        self.on_outcome()
         return {"changed": changed, "needs_restart": kept}
+
+    def _prepare(self) -> tuple[Config, list[str], log.Prepared, list[str]]:
+        """Everything that can fail. The listeners come last: once they are taken over, nothing fails any more."""
+        config, kept = effective(self._core.config, self._read(), self._core.clients_max)
+        self._check_places(config.server.workers)
+        targets = log.prepare(config.log, process="supervisor")
+        try:
+            return config, kept, targets, self._accepting.change(config)
+        except StartError:
+            targets.close()
+            raise
+
+    def _check_places(self, count: int) -> None:
+        """Fresh workers start beside the old ones, and beside those that hang in the kernel."""
+        here = sum(child.state is not ChildState.GIVEN_UP for child in self._children.workers())
+        if here + count > WORKER_SLOTS:
+            raise StartError(
+                f"{count} fresh workers find no place: {here} of {WORKER_SLOTS} are taken until old ones have left; "
+                "lower server.workers, or restart"
+            )
 
     def _read(self) -> Config:
         """Read the new configuration. Whatever goes wrong there is no reason to end the daemon: raises ConfigError."""
@@ -103,17 +128,19 @@ class Reload:
             raise ConfigError([f"the configuration cannot be read: {type(error).__name__}: {error}"]) from error
 
     def _refused(self, error: ConfigError | StartError) -> None:
+        self.last_error = str(error).replace("\n", "; ")
+        self.on_outcome()
         self._core.count("reloads_refused")
         self._core.note(
             logger,
             logging.ERROR,
             "reload refused",
             message_id=log.MessageId.RELOAD_REFUSED,
-            error=str(error).replace("\n", "; "),
+            error=self.last_error,
             goes_on="with the configuration in use",
         )
 
-    def _take_over(self, config: Config) -> list[str]:
+    def _take_over(self, config: Config, targets: log.Prepared) -> list[str]:
         core = self._core
         changed = [
             f"{section}.{field.name}"
@@ -123,15 +150,12 @@ class Reload:
         ]
         if config.clients != core.config.clients:
             changed.append("clients")
-        log_changed = config.log != core.config.log
         core.config = config
         core.max_clients = min(config.server.max_clients, core.clients_max)
         self._connections.use_clients()
-        if log_changed:
-            try:
-                log.setup(config.log, process="supervisor")
-            except StartError as error:
-                log.event(logger, logging.ERROR, "log targets stay as they were", error=error)
+        core.log_level = ""
+        log.install(targets)
+        self._children.broadcast(Kind.LOG_LEVEL, {"level": config.log.level})
         self._forget_unused_listeners()
         return changed
 
@@ -172,7 +196,10 @@ class Reload:
             self.request_quietly()
 
     def request_quietly(self) -> None:
-        """For signals: what is wrong has been logged."""
+        """For signals: what is wrong has been logged, and one that comes too early is taken up later."""
+        if self.under_way:
+            self._again = True
+            return
         try:
             self.request()
         except (ConfigError, StartError):
@@ -204,13 +231,24 @@ class Reload:
 
     def _await_old(self) -> None:
         """Gone ones leave the list; those that take too long are killed, and what they own is adopted."""
-        here = list(self._children)
-        self._old = [child for child in self._old if child in here and child.state is not ChildState.STUCK]
         waited_s = time.monotonic() - self._since_s
+        self._old = [child for child in self._old if self._is_waited_for(child, waited_s)]
+        retire_s = self._core.config.server.reload_timeout_s
         for child in self._old:
-            retire_s = self._core.config.server.reload_timeout_s
-            timeout_s = STORER_TIMEOUT_S if child.role is Role.STORER else retire_s
-            if waited_s > timeout_s and child.state is ChildState.STOPPING:
-                self._children.kill(child, f"did not hand over within {timeout_s:g} s")
+            if child.role is Role.WORKER and waited_s > retire_s and child.state is ChildState.STOPPING:
+                self._children.kill(child, f"did not hand over within {retire_s:g} s")
         if not self._old:
             log.event(logger, logging.INFO, "processes replaced", workers=len(self._children.workers()))
+
+    def _is_waited_for(self, child: Child, waited_s: float) -> bool:
+        """A storer that writes to a slow disk is never killed; the next one starts when it has left."""
+        if child not in list(self._children) or child.state is ChildState.STUCK:
+            return False
+        if child.role is Role.STORER and waited_s > STORER_TIMEOUT_S:
+            self._core.note(logger, logging.WARNING, "storer takes long to leave", pid=child.pid, then="it is replaced")
+            return False
+        return True
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""

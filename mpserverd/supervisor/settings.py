@@ -8,7 +8,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from mpserverd.config import rules
+from mpserverd.config.faults import render
 from mpserverd.config.schema import Config, LayoutConfig, ListenerConfig
+from mpserverd.errors import ConfigError
 
 FIXED: dict[str, tuple[str, ...]] = {
     "server": ("control_socket", "user", "group", "nice"),
@@ -20,7 +23,8 @@ backlog for listeners opened from now on, max_clients as far as the tables reach
 
 
 def effective(old: Config, new: Config, clients_max: int) -> tuple[Config, list[str]]:
-    """The settings to put in force, and the keys that need a restart."""
+    """The settings to put in force, and the keys that need a restart. Raises ConfigError when the two do not go
+    together."""
     kept: list[str] = []
     sections: dict[str, Any] = {}
     for section, keys in FIXED.items():
@@ -36,7 +40,11 @@ def effective(old: Config, new: Config, clients_max: int) -> tuple[Config, list[
     # live connections of a listener that is gone may still need a layout that is gone
     layouts = {**new.layouts, **old.layouts}
     listeners = tuple(_with_size_of(listener, layouts) for listener in new.listeners)
-    return dataclasses.replace(new, layouts=layouts, listeners=listeners, **sections), kept
+    config = dataclasses.replace(new, layouts=layouts, listeners=listeners, **sections)
+    faults = [render(fault, "with what stays as it was until a restart") for fault in rules.check(config)]
+    if faults:
+        raise ConfigError([*faults, f"a restart takes over {', '.join(kept)} too"])
+    return config, kept
 
 
 def _with_size_of(listener: ListenerConfig, layouts: dict[str, LayoutConfig]) -> ListenerConfig:

@@ -69,7 +69,7 @@ def _become(
         _reset_signals(mask)
         close_all_but({0, 1, 2, *launch.keep_fds})
         _name_process(launch.name)
-        log.setup(launch.config.log, process=launch.name)
+        log.setup_child(launch.config.log, process=launch.name)
         _adjust(launch.role, cpus)
         program(launch)
     except SystemExit as error:

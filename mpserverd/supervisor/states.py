@@ -79,6 +79,7 @@ TRANSITIONS: dict[tuple[ChildState, ChildEvent], ChildState] = {
     (_S.STUCK, _E.SIGKILLED): _S.KILLED,
     (_S.KILLED, _E.SIGKILLED): _S.KILLED,
     (_S.RUNNING, _E.BEAT_MISSED): _S.STUCK,
+    (_S.STOPPING, _E.BEAT_MISSED): _S.STUCK,
     (_S.KILLED, _E.BEAT_MISSED): _S.STUCK,
     (_S.STUCK, _E.BEAT_SEEN): _S.RUNNING,
     (_S.STARTING, _E.EXITED): _S.DEAD,

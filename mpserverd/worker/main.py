@@ -10,6 +10,7 @@ gathered, and once a second the housekeeping (deadlines, idle tails, spare chunk
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -36,6 +37,7 @@ from mpserverd.arena.window import KEPT_AHEAD, LeasePool
 from mpserverd.config.schema import ListenerConfig, Protocol, Sync
 from mpserverd.net import tcp_info
 from mpserverd.net.channel import Channel, Kind, Message
+from mpserverd.net.listener import make_ready
 from mpserverd.protocol.layout import PacketLayout
 from mpserverd.protocol.mps import Level
 from mpserverd.worker.answers import BYE_REASONS
@@ -58,7 +60,6 @@ NEED_AGAIN_S = 0.02
 
 def run(launch: Launch) -> NoReturn:
     """Serve connections until DRAIN or DETACH_ALL is done. Never returns: the caller forked."""
-    log.setup(launch.config.log, process=launch.name)
     worker = Worker(launch)
     worker.serve()
     os._exit(0)
@@ -354,7 +355,7 @@ class Worker:
             for connection in list(self._by_row.values()):
                 self._detach(connection)
         elif kind is Kind.LOG_LEVEL and message.payload:
-            logging.getLogger("mpserverd").setLevel(message.payload["level"].upper())
+            log.set_level(message.payload["level"])
         elif kind is Kind.REOPEN_LOG:
             log.reopen()
         elif (named := self._by_row.get(message.row)) is not None:
@@ -387,9 +388,10 @@ class Worker:
         if not mine or words[base + Con.COOKIE] != tcp_info.cookie(sock) or row in self._by_row:
             sock.close()
             return
-        sock.setblocking(False)
         words[self._in_hand] = row + 1
         listener = self._listener_of(row)
+        with contextlib.suppress(OSError):  # what is left of a connection that was reset is read all the same
+            make_ready(sock, listener)
         level = self._level if listener.protocol is Protocol.MPS else None
         try:
             connection = Connection(self._state, self._pool, row, sock, self._checker_for, level)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from mpserverd.config.load import loads
+from mpserverd.errors import ConfigError
 from mpserverd.supervisor.settings import FIXED, effective
 
 BASE = """
@@ -68,3 +71,13 @@ def test_fixed_keys_exist() -> None:
     for section, keys in FIXED.items():
         for key in keys:
             assert hasattr(getattr(config(), section), key)
+
+
+def test_what_stays_must_go_together_with_what_changes() -> None:
+    """Each file is fine by itself; the old memory with the new number of workers is not."""
+    new = config("", "", "buffers.bytes=134217728", "server.workers=64", "server.max_clients=1000")
+    with pytest.raises(ConfigError) as error:
+        effective(config(), new, 1000)
+    first, last = error.value.faults
+    assert "buffers.bytes = 67108864: too little" in first
+    assert last == "a restart takes over buffers.bytes too"
