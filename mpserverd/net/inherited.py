@@ -48,6 +48,11 @@ def try_claim(config: ListenerConfig, environ: Mapping[str, str] = os.environ) -
     return sock
 
 
+def is_passed(sock: socket.socket) -> bool:
+    """Whether it is the same socket as one that was passed, which the service manager holds too."""
+    return any(os.path.sameopenfile(fd, sock.fileno()) for fd in passed_fds().values())
+
+
 def _fault(sock: socket.socket, config: ListenerConfig) -> str:
     if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
         return "the socket that was passed is not a TCP one"

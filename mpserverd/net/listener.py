@@ -24,6 +24,9 @@ PAUSE_S = 0.1
 
 _SHORTAGE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _TCP_LISTEN = "0A"
+_SO_BUF_LOCK = 72
+"""asm-generic/socket.h; the bits are SOCK_SNDBUF_LOCK and SOCK_RCVBUF_LOCK of linux/socket.h."""
+_SEND_LOCK, _RECEIVE_LOCK = 1, 2
 
 
 class ShortageError(Exception):
@@ -40,7 +43,7 @@ def open_listener(config: ListenerConfig, backlog: int, *, only_v6: bool = False
     """
     passed = inherited.try_claim(config)
     if passed is not None:
-        _set_receive_buffer(passed, config)
+        set_receive_buffer(passed, config)
         passed.listen(backlog)
         passed.setblocking(False)
         return passed
@@ -51,7 +54,7 @@ def open_listener(config: ListenerConfig, backlog: int, *, only_v6: bool = False
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(only_v6))
-        _set_receive_buffer(sock, config)
+        set_receive_buffer(sock, config)
         sock.bind((host, port))
         sock.listen(backlog)
         sock.setblocking(False)
@@ -61,10 +64,21 @@ def open_listener(config: ListenerConfig, backlog: int, *, only_v6: bool = False
     return sock
 
 
-def _set_receive_buffer(sock: socket.socket, config: ListenerConfig) -> None:
+def set_receive_buffer(sock: socket.socket, config: ListenerConfig) -> None:
     """Before listen: the window scale is fixed in the handshake, so connections must inherit the size."""
-    if config.receive_buffer_bytes:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, config.receive_buffer_bytes)
+    _set_buffer(sock, socket.SO_RCVBUF, _RECEIVE_LOCK, config.receive_buffer_bytes)
+
+
+def _set_buffer(sock: socket.socket, option: int, lock: int, size_bytes: int) -> None:
+    """0 leaves it to the kernel, also when it had a size: that of a locked buffer is not tuned any more (Linux 5.14
+    and later can take the lock away)."""
+    if size_bytes:
+        sock.setsockopt(socket.SOL_SOCKET, option, size_bytes)
+        return
+    with contextlib.suppress(OSError):
+        locks = sock.getsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK)
+        if locks & lock:
+            sock.setsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK, locks & ~lock)
 
 
 def _why_not(config: ListenerConfig, error: OSError) -> str:
@@ -142,16 +156,15 @@ def try_accept(sock: socket.socket) -> tuple[socket.socket, str, int] | None:
 def make_ready(connection: socket.socket, config: ListenerConfig) -> None:
     """Set the options that every connection of this listener has. Raises OSError when the peer is gone already.
 
-    SO_OOBINLINE keeps urgent data in the stream: taken out of it, they would spoil the byte count.
+    A connection may have had others: a reload changes them. SO_OOBINLINE keeps urgent data in the stream: taken out of
+    it, they would spoil the byte count.
     """
     connection.setblocking(False)
     option = connection.setsockopt
     option(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
     option(socket.IPPROTO_TCP, socket.TCP_NODELAY, int(config.nodelay))
-    if config.send_buffer_bytes:
-        option(socket.SOL_SOCKET, socket.SO_SNDBUF, config.send_buffer_bytes)
-    if config.receive_buffer_bytes:
-        option(socket.SOL_SOCKET, socket.SO_RCVBUF, config.receive_buffer_bytes)
+    _set_buffer(connection, socket.SO_SNDBUF, _SEND_LOCK, config.send_buffer_bytes)
+    set_receive_buffer(connection, config)
     option(socket.SOL_SOCKET, socket.SO_KEEPALIVE, int(config.keepalive))
     if config.keepalive:
         option(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, limits.KEEPALIVE_IDLE_S)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import ipaddress
 import logging
 import socket
 import time
@@ -17,6 +16,7 @@ from collections.abc import Callable
 from mpserverd import log
 from mpserverd.arena.state import RefuseReason
 from mpserverd.config.schema import Config, ListenerConfig
+from mpserverd.errors import StartError
 from mpserverd.net import tcp_info
 from mpserverd.net.admission import Limits, Standing, refuse_reason
 from mpserverd.net.allowlist import AddressFilter
@@ -26,9 +26,9 @@ from mpserverd.net.listener import (
     ShortageError,
     bound_address,
     make_ready,
-    open_listener,
     try_accept,
 )
+from mpserverd.net.rebinding import go_on, kept_sockets, open_beside, stop_listening
 from mpserverd.protocol.mps import ErrorCode, Refusal
 from mpserverd.supervisor.connections import Connections
 from mpserverd.supervisor.core import Core
@@ -39,6 +39,8 @@ from mpserverd.supervisor.takeover import is_untouched
 
 logger = logging.getLogger(__name__)
 
+STREAM_KEYS = ("protocol", "packet_size", "layout", "store", "on_full")
+"""What a listener says about streams."""
 REFUSALS_INTERVAL_S = 5.0
 """Refusals at one listener for one reason are logged at most so often; the counters have them all."""
 
@@ -71,7 +73,6 @@ class Accepting:
         """Called with cookie and descriptor of a newcomer, before anything else is done for it."""
         self.has_room: Callable[[], bool] = _always
         """Whether a newcomer can be kept over the supervisor's death."""
-        self._stored: dict[str, socket.socket] = {}
 
     def listeners(self) -> list[Listener]:
         return list(self._open.values())
@@ -84,9 +85,14 @@ class Accepting:
         ``stored`` are sockets of an earlier supervisor by name, bound and listening; whichever has the address of a
         listener is used, and taken out.
         """
-        self._stored = stored if stored is not None else {}
-        for listener in config.listeners:
-            self._add(listener, config)
+        stored = stored if stored is not None else {}
+        kept = kept_sockets(config, stored)
+        missing = [settings for settings in config.listeners if settings.name not in kept]
+        others = [sock for name, sock in stored.items() if name not in kept.values()]
+        opened = open_beside(missing, config, others, config.server.backlog)
+        for settings in config.listeners:
+            sock = opened[settings.name] if settings.name in opened else stored.pop(kept[settings.name])
+            self._install(settings, sock, self._known(settings), config.server.backlog)
         self.on_change()
 
     def fds(self) -> dict[str, int]:
@@ -104,64 +110,58 @@ class Accepting:
 
         Raises StartError when a new one cannot be opened, and then nothing has changed.
         """
-        old = {name: listener.config for name, listener in self._open.items()}
-        new = {listener.name: listener for listener in config.listeners}
-        moved = {name for name in new if name in old and old[name].address != new[name].address}
-        # open first, so that a failure leaves everything as it was
-        opened: dict[str, socket.socket] = {}
-        try:
-            for name, settings in new.items():
-                if name not in old or name in moved:
-                    opened[name] = open_listener(settings, config.server.backlog, only_v6=_only_v6(settings, config))
-        except BaseException:
-            for sock in opened.values():
-                sock.close()
-            raise
-        changes = []
-        for name in [name for name in old if name not in new]:
-            changes.append(f"listener {name} closed; its connections go on")
-            self._close(self._open.pop(name))
-        for name, settings in new.items():
-            if name in opened:
-                if name in self._open:
-                    self._close(self._open.pop(name))
-                listener = self._install(settings, opened[name], old.get(name))
-                changes.append(f"listener {name} opened on {listener.bound}")
-            elif settings != old[name]:
-                self._update(self._open[name], settings)
-                changes.append(f"listener {name} changed")
+        old = dict(self._open)
+        kept = kept_sockets(config, {name: listener.sock for name, listener in old.items()})
+        leaving = [listener for name, listener in old.items() if name not in kept.values()]
+        opened = self._open_in_place_of(leaving, [each for each in config.listeners if each.name not in kept], config)
+        new = {settings.name for settings in config.listeners}
+        changes = [f"listener {name} closed; its connections go on" for name in old if name not in new]
+        for listener in leaving:
+            stop_listening(listener.sock)
+            self._close(listener)
+        self._open.clear()
+        for settings in config.listeners:
+            name, before = settings.name, old.get(settings.name)
+            if before is not None and kept.get(name) == name:
+                self._go_on(before, settings, config.server.backlog)
+                if settings != before.config:
+                    self._update(before, settings)
+                    changes.append(f"listener {name} changed")
+                continue
+            sock = opened[name] if name in opened else old[kept[name]].sock
+            listener = self._install(settings, sock, before.config if before else None, config.server.backlog)
+            changes.append(f"listener {name} opened on {listener.bound}")
         self.on_change()
         return changes
 
-    def _add(self, settings: ListenerConfig, config: Config) -> None:
-        sock = self._try_stored(settings)
-        if sock is not None:
-            sock.listen(config.server.backlog)
-            sock.setblocking(False)
-        else:
-            sock = open_listener(settings, config.server.backlog, only_v6=_only_v6(settings, config))
-        self._install(settings, sock, self._known(settings))
+    def _open_in_place_of(
+        self, leaving: list[Listener], missing: list[ListenerConfig], config: Config
+    ) -> dict[str, socket.socket]:
+        for listener in leaving:
+            self._accept_all(listener)
+        try:
+            return open_beside(missing, config, [each.sock for each in leaving], self._core.config.server.backlog)
+        except StartError:
+            self.on_change()  # what listens again has to be in systemd's store again
+            raise
 
-    def _try_stored(self, settings: ListenerConfig) -> socket.socket | None:
-        """One that is bound to the address of the listener, of the same name if there is one."""
-        for name in sorted(self._stored, key=lambda name: name != settings.name):
-            host, port = self._stored[name].getsockname()[:2]
-            same_host = ipaddress.ip_address(host) == ipaddress.ip_address(settings.host)
-            if same_host and (port == settings.port or (settings.port == 0 and name == settings.name)):
-                return self._stored.pop(name)
-        return None
+    def _go_on(self, listener: Listener, settings: ListenerConfig, backlog: int) -> None:
+        go_on(listener.sock, settings, backlog)
+        self._open[settings.name] = listener
 
     def _known(self, settings: ListenerConfig) -> ListenerConfig | None:
         """What an earlier supervisor knew under that name, the latest."""
         same = [known for _, known in sorted(self._core.listeners.items()) if known.name == settings.name]
         return same[-1] if same else None
 
-    def _install(self, settings: ListenerConfig, sock: socket.socket, before: ListenerConfig | None) -> Listener:
+    def _install(
+        self, settings: ListenerConfig, sock: socket.socket, before: ListenerConfig | None, backlog: int
+    ) -> Listener:
         same = [number for number, known in self._core.listeners.items() if before is not None and known == before]
         number = same[0] if same and before is not None and _same_streams(before, settings) else self._new_id()
         listener = Listener(number, settings, sock, _filter(settings), bound_address(sock))
-        self._core.listeners[number] = settings
-        self._open[settings.name] = listener
+        self._go_on(listener, settings, backlog)
+        self._remember(number, settings)
         if self._serving:
             self._watch(listener)
         return listener
@@ -169,8 +169,18 @@ class Accepting:
     def _update(self, listener: Listener, settings: ListenerConfig) -> None:
         if not _same_streams(listener.config, settings):
             listener.id = self._new_id()
-        listener.config = self._core.listeners[listener.id] = settings
+        listener.config = settings
         listener.filter = _filter(settings)
+        self._remember(listener.id, settings)
+
+    def _remember(self, number: int, settings: ListenerConfig) -> None:
+        """Under its id; and under earlier ids of that name whatever is not about streams: it is for their connections
+        too."""
+        listeners = self._core.listeners
+        for earlier, known in listeners.items():
+            if known.name == settings.name:
+                listeners[earlier] = dataclasses.replace(settings, **{key: getattr(known, key) for key in STREAM_KEYS})
+        listeners[number] = settings
 
     def _new_id(self) -> int:
         self.next_id += 1
@@ -205,6 +215,12 @@ class Accepting:
 
     def _accept_some(self, listener: Listener) -> None:
         self._accept_batch(listener)
+
+    def _accept_all(self, listener: Listener) -> None:
+        """What the kernel has completed: it would be reset with the last close."""
+        if self._serving:
+            while self._accept_batch(listener) == ACCEPT_BATCH_MAX:
+                pass
 
     def _accept_batch(self, listener: Listener) -> int:
         """Up to a batch, so that other events get their turn. Returns how many came."""
@@ -278,16 +294,28 @@ class Accepting:
         """A connection that was carried and has no row: it was accepted a moment before the supervisor died, or it is
         over. ``fd`` is ours from now on; True when it goes on."""
         sock = socket.socket(fileno=fd)
-        if is_untouched(sock):
-            local = sock.getsockname()[:2]
-            for listener in self._open.values():
-                if listener.sock.getsockname()[1] == local[1]:
-                    self._admit(listener, sock, *sock.getpeername()[:2], carried=True)
-                    return True
+        listener = self._listener_of(sock) if is_untouched(sock) else None
+        if listener is not None:
+            self._admit(listener, sock, *sock.getpeername()[:2], carried=True)
+            return True
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
         sock.close()
         return False
+
+    def _listener_of(self, sock: socket.socket) -> Listener | None:
+        """The one that accepted it: two may share a port, each on an address of its own or one on all."""
+        host, port = sock.getsockname()[:2]
+        exact, on_all = [], []
+        for listener in self._open.values():
+            bound_host, bound_port = listener.sock.getsockname()[:2]
+            if bound_port != port or listener.sock.family != sock.family:
+                continue
+            if normal_address(bound_host) == normal_address(host):
+                exact.append(listener)
+            elif normal_address(bound_host).is_unspecified:
+                on_all.append(listener)
+        return next(iter(exact + on_all), None)
 
     def _refused(self, listener: Listener, reason: RefuseReason, peer: str) -> None:
         self._core.count_refusal(reason)
@@ -331,12 +359,4 @@ def _filter(settings: ListenerConfig) -> AddressFilter:
 
 def _same_streams(one: ListenerConfig, other: ListenerConfig) -> bool:
     """Whether streams made under one of them mean the same under the other."""
-    return all(
-        getattr(one, key) == getattr(other, key) for key in ("protocol", "packet_size", "layout", "store", "on_full")
-    )
-
-
-def _only_v6(settings: ListenerConfig, config: Config) -> bool:
-    """[::] leaves IPv4 to another listener on the same port."""
-    others = (other for other in config.listeners if other.name != settings.name and other.port == settings.port)
-    return settings.port != 0 and any(ipaddress.ip_address(other.host).version == 4 for other in others)
+    return all(getattr(one, key) == getattr(other, key) for key in STREAM_KEYS)

@@ -1,7 +1,7 @@
 """Keeps everything that must outlive the supervisor in systemd's descriptor store, while it runs.
 
-Names in the store: the memory's (stored_memory.py), ``listener-<name>``, and the two ends of a carrier,
-``carrier-<n>-in`` and ``carrier-<n>-out``.
+Names in the store: the memory's (stored_memory.py), ``listener-<name>`` (its first name), and the two
+ends of a carrier, ``carrier-<n>-in`` and ``carrier-<n>-out``.
 
 Rules: a connection goes into the carrier as soon as it is admitted, then gets its row, then a worker; so one that is
 carried and has no row is a fresh one, or one that is over. Carriers fill up with connections that have ended, so a
@@ -11,6 +11,7 @@ the old one removed. Outside systemd all of this does nothing.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import time
@@ -64,8 +65,8 @@ class Keeping:
         self._short = False
         self._missed = False
         self._flushing = False
-        self._listeners: dict[str, int] = {}
-        """Inode of the socket that is stored for each listener."""
+        self._listeners: dict[int, str] = {}
+        """Name under which each listening socket is stored, by its inode."""
         self._memory_names: list[str] = []
 
     @property
@@ -81,23 +82,31 @@ class Keeping:
         self._memory_names = list(fds)
         self._flush()
 
+    def know_listeners(self, fds: dict[str, int]) -> None:
+        """Those that an earlier supervisor has stored, by the names under which they came."""
+        self._listeners = {os.fstat(fd).st_ino: name for name, fd in fds.items()}
+
     def keep_listeners(self, fds: dict[str, int]) -> None:
-        """These are the open ones now, by name; others are dropped from the store."""
+        """These are the open ones now, by name; others are dropped from the store.
+
+        One that the store has is not taken again: it stays under its first name, whatever the listener is called now.
+        """
         if not self.present:
             return
-        inodes = {name: os.fstat(fd).st_ino for name, fd in fds.items()}
-        for name in [name for name, inode in self._listeners.items() if inodes.get(name) != inode]:
-            self._store.remove(LISTENER_PREFIX + name)
-        for name, fd in fds.items():
-            if self._listeners.get(name) != inodes[name]:
-                self._store.push(LISTENER_PREFIX + name, [fd])
-        self._listeners = inodes
+        names = {os.fstat(fd).st_ino: name for name, fd in fds.items()}
+        for inode in [inode for inode in self._listeners if inode not in names]:
+            self._store.remove(LISTENER_PREFIX + self._listeners.pop(inode))
+        for inode, name in names.items():
+            if inode not in self._listeners:
+                self._listeners[inode] = self._free_name(name)
+            self._store.push(LISTENER_PREFIX + self._listeners[inode], [fds[name]])
         self._flush()
 
-    def drop_listeners(self, names: list[str]) -> None:
-        """Those of an earlier supervisor that nobody has taken."""
-        for name in names:
-            self._store.remove(LISTENER_PREFIX + name)
+    def _free_name(self, name: str) -> str:
+        """Another socket may have been stored under it. No listener has a name with a +."""
+        taken = set(self._listeners.values())
+        names = itertools.chain([name], (f"{name}+{number}" for number in itertools.count(2)))
+        return next(free for free in names if free not in taken)
 
     # -- connections
 

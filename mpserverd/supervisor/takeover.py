@@ -66,13 +66,11 @@ class Inheritance:
     next_number: int = 1
     """For carriers made from now on: no name is used twice."""
 
-    def close_listeners(self) -> list[str]:
-        """Close those that nobody took. Returns their names."""
-        names = list(self.listeners)
+    def close_listeners(self) -> None:
+        """Close those that nobody took."""
         for sock in self.listeners.values():
             sock.close()
         self.listeners.clear()
-        return names
 
 
 def look_through(fds: dict[str, list[int]], store: FdStore, now_ns: int) -> Inheritance:
