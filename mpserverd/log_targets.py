@@ -1,6 +1,7 @@
 """Where log lines go: standard error, a file, the journal.
 
-Rules: a target never blocks (a line that cannot leave now is counted, and the count is written later); it holds its
+Rules: a target never blocks (a line that cannot leave now is counted, and the count is written later), except a file
+whose disk hangs: O_NONBLOCK means nothing there, and whoever forks can have no thread to wait in; it holds its
 descriptor as a plain int and closes it only in the process that opened it, so that a child that closed what it
 inherited never closes a reused number; a line is one ``write`` of at most PIPE_BUF bytes, so that processes do not mix
 lines.

@@ -110,7 +110,7 @@ _SERVER = (
         Integer(1, limits.BACKLOG_MAX),
         1024,
         _RELOAD,
-        "Connections that the kernel queues for one listener; a reload changes it for new listeners.",
+        "Connections that the kernel queues for one listener.",
     ),
     Option(
         "server",
@@ -336,7 +336,7 @@ _SPOOL = (
         "sync",
         Choice(Sync),
         Sync.DURABLE,
-        _RELOAD,
+        _START,
         "durable survives a power cut; with none the kernel writes back when it likes.",
     ),
     Option(

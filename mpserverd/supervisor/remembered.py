@@ -67,12 +67,14 @@ class Remembered:
 
 
 def listener_facts(config: Config, listeners: dict[int, ListenerConfig], next_id: int) -> dict[str, Any]:
-    """Listeners by id, with the layouts that they name; and how the shared memory is laid out, for other versions."""
+    """Listeners by id, with the layouts that they name; what OK has promised; and how the shared memory is laid out,
+    for other versions."""
     plain = as_dict(dataclasses.replace(config, listeners=tuple(listeners.values())))
     return {
         "listeners": dict(zip(map(str, listeners), plain["listener"], strict=True)),
         "next_id": next_id,
         "layouts": plain["layout"],
+        "sync": str(config.spool.sync),
         "memory": description(),
     }
 

@@ -16,10 +16,10 @@ from mpserverd.errors import ConfigError
 FIXED: dict[str, tuple[str, ...]] = {
     "server": ("control_socket", "user", "group", "nice"),
     "buffers": ("bytes", "chunk_bytes"),
-    "spool": ("path", "segment_bytes"),
+    "spool": ("path", "segment_bytes", "sync"),
 }
-"""Rows that say "start" in the option table, less those that fresh processes take over (workers, cpu_affinity,
-backlog for listeners opened from now on, max_clients as far as the tables reach)."""
+"""Rows that say "start" in the option table; layouts are treated by name. Clients that are connected were promised
+``sync`` by their OK."""
 
 
 def effective(old: Config, new: Config, clients_max: int) -> tuple[Config, list[str]]:

@@ -11,6 +11,8 @@ import logging
 from collections.abc import Callable
 
 from mpserverd import log
+from mpserverd.arena.state import Con, ConnectionState
+from mpserverd.config.schema import Protocol, Sync
 from mpserverd.supervisor.accepting import Accepting
 from mpserverd.supervisor.connections import Connections
 from mpserverd.supervisor.core import Core
@@ -50,9 +52,29 @@ class TakingUp:
         known, layouts = known_listeners(facts)
         core.listeners.update(known)
         core.config = dataclasses.replace(core.config, layouts={**layouts.layouts, **core.config.layouts})
+        self._keep_promise(facts.get("sync", core.config.spool.sync))
         self._connections.quarantine.take_up(facts.get("quarantine", []))
         core.draining = bool(facts.get("draining", False))
         self._accepting.next_id = max([int(facts.get("next_id", 1)), *(number + 1 for number in known)])
+
+    def _keep_promise(self, sync: str) -> None:
+        """What OK has told clients that are still connected holds for as long as they are."""
+        core = self._core
+        mps = {number for number, listener in core.listeners.items() if listener.protocol is Protocol.MPS}
+        rows = core.state.connections[core.state.connections[:, Con.STATE] != ConnectionState.FREE]
+        promised = not mps.isdisjoint(rows[:, Con.LISTENER].tolist())
+        if promised and sync != core.config.spool.sync:
+            core.config = dataclasses.replace(
+                core.config, spool=dataclasses.replace(core.config.spool, sync=Sync(sync))
+            )
+            log.event(
+                logger,
+                logging.WARNING,
+                "needs a stop",
+                message_id=log.MessageId.SETTING_NEEDS_RESTART,
+                key="spool.sync",
+                why="clients that stay connected were told the other level",
+            )
 
     def take_up(self, found: Inheritance, store: FdStore, keeping: Keeping) -> None:
         """Go on with every connection that waited."""

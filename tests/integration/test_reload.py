@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import itertools
 import os
+import re
 import signal
 import socket
 import struct
@@ -24,6 +25,7 @@ from mpserverd.arena.report import stats
 from mpserverd.arena.state import SUPERVISOR_SLOT, CloseReason, Con, RefuseReason, Slot
 from mpserverd.control.client import DaemonRefusedError
 from mpserverd.net.listener import ACCEPT_BATCH_MAX
+from tests.integration.freezing import Disk
 from tests.integration.supervisor_driver import RunningSupervisor, packets, wait_for
 from tests.integration.test_supervisor_death import Unit
 
@@ -407,6 +409,36 @@ def test_an_address_can_change_over_a_restart(tmp_path: Path) -> None:
         wait_for(lambda: unit.durable() == 32)
 
 
+def hello(port: int, client: str) -> tuple[socket.socket, bytes]:
+    """A connection that speaks mps, and the level that OK has promised it."""
+    sock = socket.create_connection(("127.0.0.1", port), timeout=10)
+    sock.sendall(f"MPS/1 {client} 16\n".encode())
+    return sock, sock.makefile("rb", 0).readline().split()[2]
+
+
+def test_a_level_that_was_promised_holds_as_long_as_the_client_is_connected(tmp_path: Path) -> None:
+    mps = '[[listener]]\nname = "mps"\naddress = "127.0.0.1:0"\nprotocol = "mps"\npacket_size = 16\n'
+    with Unit(tmp_path, more=mps) as unit:
+        port = int(re.findall(r"mps=127\.0\.0\.1:(\d+)", unit.log())[-1])
+        sock, level = hello(port, "a")
+        with sock:
+            assert level == b"durable"
+            unit.configure(more=f'sync = "none"\n{mps}')
+            assert unit.ask("reload")["needs_restart"] == ["spool.sync"]
+            unit.leave()
+            assert "needs a stop key=spool.sync" in unit.log()
+            sock.sendall(packets(3))
+            assert sock.makefile("rb", 0).readline() in (b"ACK 3\n", b"\n")
+            other, level = hello(port, "b")
+            other.close()
+            assert level == b"durable"
+        wait_for(lambda: unit.active() == 0)
+        unit.leave()
+        sock, level = hello(port, "a")
+        sock.close()
+        assert level == b"stored"
+
+
 # -- the log
 
 
@@ -434,6 +466,24 @@ def test_level_target_and_file_of_the_log_change(tmp_path: Path) -> None:
         assert {"log.level", "log.target", "log.file"} <= set(answer["changed"])
         wait_for(lambda: "processes replaced" in file.read_text())
         assert " DEBUG " not in file.read_text()
+
+
+def test_a_log_disk_that_hangs_keeps_newcomers_waiting_and_nobody_else(tmp_path: Path) -> None:
+    """A file is the one target that can wait; see [log] in docs/configuration.md."""
+    with Disk(tmp_path, tmp_path / "logs", 16) as disk:
+        more = f'target = ["stderr", "file"]\nfile = "{disk.mount_point}/x.log"\n'
+        with RunningSupervisor(tmp_path, more=more) as supervisor, supervisor.connect() as client:
+            client.sendall(packets(1))
+            wait_for(lambda: supervisor.stored() and list(supervisor.stored().values()) == [packets(1)])
+            disk.freeze()
+            supervisor.signal(signal.SIGUSR1)  # a line
+            wait_for(lambda: not supervisor.answers())
+            client.sendall(packets(1))
+            wait_for(lambda: list(supervisor.stored().values()) == [packets(1) * 2])
+            disk.thaw()
+            serves(supervisor, supervisor.port)
+            assert not supervisor.log_contains("child killed")
+            assert supervisor.stop() == 0
 
 
 # -- processes

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mpserverd.config.load import loads
+from mpserverd.config.options import OPTIONS
+from mpserverd.config.words import Applies
 from mpserverd.errors import ConfigError
 from mpserverd.supervisor.settings import FIXED, effective
 
@@ -67,15 +69,15 @@ def test_a_layout_that_is_gone_is_kept_for_connections_that_still_have_it() -> N
     assert "sample" in result.layouts
 
 
-def test_fixed_keys_exist() -> None:
-    for section, keys in FIXED.items():
-        for key in keys:
-            assert hasattr(getattr(config(), section), key)
+def test_fixed_keys_are_those_that_apply_at_the_start() -> None:
+    fixed = {f"{section}.{key}" for section, keys in FIXED.items() for key in keys}
+    options = {option.key for option in OPTIONS if option.applies is Applies.START and option.section != "layout"}
+    assert fixed == options
 
 
 def test_what_stays_must_go_together_with_what_changes() -> None:
     """Each file is fine by itself; the old memory with the new number of workers is not."""
-    new = config("", "", "buffers.bytes=134217728", "server.workers=64", "server.max_clients=1000")
+    new = config("", "", "buffers.bytes=134217728", "server.workers=64", "server.max_clients=500")
     with pytest.raises(ConfigError) as error:
         effective(config(), new, 1000)
     first, last = error.value.faults
