@@ -141,9 +141,15 @@ class Daemon:
             self.process.wait()
 
     def reload(self) -> None:
-        """Write the (changed) settings and have the daemon take them over."""
+        """Write the (changed) settings and have the daemon take them over, after a reload that is under way."""
         self.write_config()
-        self.ctl("reload")
+
+        def reloaded() -> bool:
+            answer = self.ctl("reload", check=False)
+            assert answer.returncode == 0 or "under way" in answer.stderr, answer.stderr
+            return answer.returncode == 0
+
+        self.wait_for(reloaded, what="a reload")
 
     def write_config(self) -> None:
         self.config_path.write_text(to_toml(self.settings))

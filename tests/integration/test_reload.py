@@ -278,6 +278,22 @@ def test_a_listener_that_cannot_take_all_addresses_goes_on_with_the_one_that_it_
             reload(supervisor, ("127.0.0.1:0", address))
 
 
+def test_a_listener_that_goes_on_after_a_refused_reload_is_kept_for_the_next_supervisor(tmp_path: Path) -> None:
+    """The store drops what hangs up, and a listener does when it makes place for another."""
+    with Unit(tmp_path) as unit, socket.socket() as holder:
+        port = unit.port
+        holder.bind(("127.0.0.2", port))
+        holder.listen()
+        text = (tmp_path / "mpserverd.toml").read_text()
+        (tmp_path / "mpserverd.toml").write_text(text.replace("127.0.0.1:0", f"0.0.0.0:{port}"))
+        with pytest.raises(DaemonRefusedError, match="Address already in use"):
+            unit.ask("reload")
+        (tmp_path / "mpserverd.toml").write_text(text)
+        unit.kill()
+        assert unit.port == port
+        socket.create_connection(("127.0.0.1", port), timeout=10).close()
+
+
 def test_who_waits_to_be_accepted_is_accepted_before_a_listener_closes(tmp_path: Path) -> None:
     """More than are accepted in one turn of the loop."""
     count = ACCEPT_BATCH_MAX + 20

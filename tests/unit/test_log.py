@@ -175,6 +175,31 @@ def test_log_file_that_cannot_be_opened_leaves_the_old_targets(file: Path, tmp_p
     assert "goes on" in file.read_text()
 
 
+def test_prepared_targets_get_no_line_and_can_be_given_up(file: Path, tmp_path: Path) -> None:
+    """Those of before stay until the others are installed."""
+    config = LogConfig(target=(LogTarget.FILE,), file=str(tmp_path / "other"), level=LogLevel.ERROR)
+    prepared = log.prepare(config, process="x")
+    log.event(logger, logging.INFO, "one")
+    prepared.close()
+    log.event(logger, logging.INFO, "two")
+    assert [line.split()[-1] for line in file.read_text().splitlines()] == ["one", "two"]
+    log.install(log.prepare(config, process="x"))
+    log.event(logger, logging.INFO, "too low a level")
+    log.event(logger, logging.ERROR, "three")
+    assert [line.split()[-1] for line in (tmp_path / "other").read_text().splitlines()] == ["three"]
+
+
+@pytest.mark.parametrize("target", [(LogTarget.FILE,), (LogTarget.STDERR, LogTarget.FILE)])
+def test_a_child_that_cannot_open_the_file_logs_without_it(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, target: tuple[LogTarget, ...]
+) -> None:
+    log.setup_child(LogConfig(target=target, file=str(tmp_path)), process="worker-1")
+    log.event(logger, logging.INFO, "hello")
+    first, second = capfd.readouterr().err.splitlines()
+    assert f'worker-1 ERROR no log file error="cannot open the log file {tmp_path}: Is a directory' in first
+    assert second.endswith("worker-1 INFO hello")
+
+
 def test_stderr_takes_the_place_of_a_journal_that_is_not_there(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
