@@ -49,7 +49,10 @@ def open_listener(config: ListenerConfig, backlog: int, *, only_v6: bool = False
         return passed
     host, port = config.host, config.port
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:  # no descriptor is free, or there is no IPv6 here
+        raise StartError(_why_not(config, error)) from error
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:

@@ -1,7 +1,8 @@
 """Listeners and what comes in through them: accept, admit or refuse, and pass on to the connection table.
 
 A listener's id stands in rows and outlives a reload as long as what it says about streams stays the same; otherwise the
-listener gets a new id, and live connections go on under the old one.
+listener gets a new id, and live connections go on under the old one. Processes know the ids that there were at their
+fork: newcomers under a new one wait in the kernel's queue until ``release``.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class Listener:
     filter: AddressFilter
     bound: str
     paused: bool = False
+    held: bool = False
+    """The kernel queues until there are processes that know its id."""
 
 
 class Accepting:
@@ -161,6 +164,8 @@ class Accepting:
         number = same[0] if same and before is not None and _same_streams(before, settings) else self._new_id()
         listener = Listener(number, settings, sock, _filter(settings), bound_address(sock))
         self._go_on(listener, settings, backlog)
+        if self._serving and number not in self._core.listeners:
+            self._hold(listener)
         self._remember(number, settings)
         if self._serving:
             self._watch(listener)
@@ -169,6 +174,7 @@ class Accepting:
     def _update(self, listener: Listener, settings: ListenerConfig) -> None:
         if not _same_streams(listener.config, settings):
             listener.id = self._new_id()
+            self._hold(listener)
         listener.config = settings
         listener.filter = _filter(settings)
         self._remember(listener.id, settings)
@@ -181,6 +187,17 @@ class Accepting:
             if known.name == settings.name:
                 listeners[earlier] = dataclasses.replace(settings, **{key: getattr(known, key) for key in STREAM_KEYS})
         listeners[number] = settings
+
+    def _hold(self, listener: Listener) -> None:
+        listener.held = True
+        self._core.loop.unwatch(listener.sock.fileno())
+
+    def release(self) -> None:
+        """Every worker that gets newcomers, and the storer, know all listeners now."""
+        for listener in self._open.values():
+            if listener.held:
+                listener.held = False
+                self._watch(listener)
 
     def _new_id(self) -> int:
         self.next_id += 1
@@ -211,7 +228,8 @@ class Accepting:
 
     def _watch(self, listener: Listener) -> None:
         listener.paused = False
-        self._core.loop.watch(listener.sock.fileno(), READ, lambda _: self._accept_some(listener))
+        if not listener.held:
+            self._core.loop.watch(listener.sock.fileno(), READ, lambda _: self._accept_some(listener))
 
     def _accept_some(self, listener: Listener) -> None:
         self._accept_batch(listener)
@@ -224,6 +242,8 @@ class Accepting:
 
     def _accept_batch(self, listener: Listener) -> int:
         """Up to a batch, so that other events get their turn. Returns how many came."""
+        if listener.held:
+            return 0
         for count in range(ACCEPT_BATCH_MAX):
             if not self.has_room():
                 self._rest(listener)

@@ -217,8 +217,14 @@ class Reload:
             if storer is not None:
                 self._children.tell_to_stop(storer, Kind.DETACH_ALL)
                 self._old.append(storer)
+            self._release_listeners()
         elif late:
-            self._core.note(logger, logging.ERROR, "fresh workers do not start", goes_on="with the old ones")
+            self._core.note(
+                logger,
+                logging.ERROR,
+                "fresh workers do not start",
+                goes_on="with the old ones, which cannot serve listeners that are new; they wait for the next reload",
+            )
             for child in self._fresh:
                 child.wanted = False
                 if child.state.alive:
@@ -233,12 +239,18 @@ class Reload:
         """Gone ones leave the list; those that take too long are killed, and what they own is adopted."""
         waited_s = time.monotonic() - self._since_s
         self._old = [child for child in self._old if self._is_waited_for(child, waited_s)]
+        self._release_listeners()
         retire_s = self._core.config.server.reload_timeout_s
         for child in self._old:
             if child.role is Role.WORKER and waited_s > retire_s and child.state is ChildState.STOPPING:
                 self._children.kill(child, f"did not hand over within {retire_s:g} s")
         if not self._old:
             log.event(logger, logging.INFO, "processes replaced", workers=len(self._children.workers()))
+
+    def _release_listeners(self) -> None:
+        """Old workers get no newcomers any more; an old storer would open streams of a layout that it does not know."""
+        if not any(child.role is Role.STORER for child in self._old):
+            self._accepting.release()
 
     def _is_waited_for(self, child: Child, waited_s: float) -> bool:
         """A storer that writes to a slow disk is never killed; the next one starts when it has left."""

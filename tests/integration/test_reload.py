@@ -5,6 +5,7 @@ Real supervisor and workers, a small storer; sockets of the daemon are looked at
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import ctypes
 import itertools
@@ -13,6 +14,7 @@ import re
 import signal
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -309,6 +311,42 @@ def test_who_waits_to_be_accepted_is_accepted_before_a_listener_closes(tmp_path:
             supervisor.signal(signal.SIGCONT)
             wait_for(lambda: supervisor.taken() == [32] * count)
             assert "second" not in addresses(supervisor)
+
+
+def test_nobody_who_connects_during_reloads_is_refused_and_no_byte_is_lost(tmp_path: Path) -> None:
+    """Every key that does not move the listener to other addresses, and its name."""
+    over = threading.Event()
+    sent: list[bytes] = []
+
+    def connect_again_and_again(port: int) -> None:
+        while not over.is_set():
+            body = packets(3, len(sent))
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+                client.sendall(body)
+                client.shutdown(socket.SHUT_WR)
+                assert client.recv(1) == b""
+            sent.append(body)
+
+    with RunningSupervisor(tmp_path) as supervisor, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        port = supervisor.port
+        reload(supervisor, port=port)
+        sending = pool.submit(connect_again_and_again, port)
+        try:
+            for name, key in (
+                ("raw", "nodelay = false\nkeepalive = false"),
+                ("other", "receive_buffer_bytes = 0\nsend_buffer_bytes = 0"),
+                ("raw", "idle_timeout_s = 50\nhandshake_timeout_s = 50"),
+                ("third", 'allow = ["127.0.0.0/8"]\ndeny = ["192.0.2.1"]'),
+                ("raw", "store = true\nmax_connections = 9\nmax_connections_per_address = 9"),
+            ):
+                count = len(sent)
+                reload(supervisor, ('name = "raw"', f'name = "{name}"'), listener=key)
+                wait_for(lambda count=count: len(sent) > count + 5 or sending.done())
+        finally:
+            over.set()
+        sending.result()
+        wait_for(lambda: sorted(supervisor.stored().values()) == sorted(sent))
+        assert not supervisor.log_contains("child died")
 
 
 def test_the_backlog_and_the_receive_buffer_of_an_open_listener_change(tmp_path: Path) -> None:

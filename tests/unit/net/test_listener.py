@@ -90,6 +90,19 @@ def test_out_of_descriptors_is_a_shortage_and_the_client_waits(listener: socket.
         accepted[0].close()
 
 
+def test_a_socket_that_cannot_be_made_is_an_error_in_words() -> None:
+    """At a reload it must not end the daemon."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    spare = os.open("/dev/null", os.O_RDONLY)
+    os.close(spare)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (spare, hard))
+    try:
+        with pytest.raises(StartError, match=r"cannot listen on 127\.0\.0\.1:0: Too many open files"):
+            open_listener(LOCAL, 16)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/net/if_inet6"), reason="no IPv6 here")
 def test_an_ipv6_listener_takes_ipv4_unless_told_otherwise() -> None:
     both = open_listener(ListenerConfig(address="[::]:0"), 4)
