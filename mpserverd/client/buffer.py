@@ -34,7 +34,8 @@ def check_sizes(packet_size: int, bytes_max: int) -> None:
 
 class PacketBuffer:
     """``epoch``, ``origin`` and ``acked`` are what is known of the server's stream: its epoch, the index at which this
-    client's numbering began, and the index that the server has acknowledged up to."""
+    client's numbering began, and the index that the server has acknowledged up to. ``home`` names the server that the
+    epoch is known from (``Servers.key``, 0: none)."""
 
     def __init__(self, packet_size: int, bytes_max: int = BUFFER_BYTES) -> None:
         check_sizes(packet_size, bytes_max)
@@ -48,8 +49,10 @@ class PacketBuffer:
         self.epoch: int | None = None
         self.origin = 0
         self.acked = 0
+        self.home = 0
         self.restored_place: int | None = None
         """Packets before it come from a file; None when there are none, or when the server has said OK since."""
+        self.is_closed = False
 
     # -- numbers
 
@@ -121,23 +124,26 @@ class PacketBuffer:
     # -- what the server said
 
     def begin_epoch(self, epoch: int, place: int, index: int) -> None:
-        """The packet at ``place`` is number ``index`` of the stream with this epoch. Kept before any packet is sent."""
+        """The packet at ``place`` is number ``index`` of the stream with this epoch; earlier ones are not needed.
+        Call ``settle`` before any packet is sent."""
         self.shift = index - place
         self.epoch, self.origin, self.acked = epoch, index, index
         self.restored_place = None
+        self.release(index)
         self.save()
 
     def go_on(self, next_index: int) -> int:
         """The server went on with our epoch and has everything before ``next_index``. Returns how many indices were
-        left out: a file may have lost its newest packets in a power cut, which the server had got before."""
+        left out: a file may have lost its newest packets in a power cut, which the server had got before.
+        Call ``settle`` before any packet is sent."""
         skipped = 0
         if self.restored_place is not None:
             skipped = max(0, next_index - (self.restored_place + self.shift))
             if skipped:
                 self.base_place = max(self.base_place, self.restored_place)
                 self.shift += skipped
-                self.save()
             self.restored_place = None
+            self.save()
         self.acknowledge(next_index)
         return skipped
 
@@ -154,5 +160,14 @@ class PacketBuffer:
     def sync(self) -> None:
         """Memory promises nothing."""
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether packets may be sent: what their indices are is safe."""
+        return True
+
+    def settle(self) -> None:
+        """Make it so. May wait for a disk; any thread may call it, also without the owner's lock."""
+
     def close(self) -> None:
         self._ring = memoryview(b"")
+        self.is_closed = True

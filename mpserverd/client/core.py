@@ -58,7 +58,7 @@ class ClientCore:
         self._buffer = (
             PacketBuffer(packet_size, buffer_bytes)
             if buffer_file is None
-            else FileBuffer(buffer_file, client_id, packet_size, buffer_bytes)
+            else FileBuffer(buffer_file, client_id, packet_size, buffer_bytes, buffer_sync)
         )
         self._session = Session(terms, self._buffer, turn)
         self._packet_size, self._on_full, self._send_timeout_s = packet_size, on_full, send_timeout_s

@@ -1,10 +1,10 @@
-"""The layout of a buffer file, version 1, as pure functions. All numbers are little endian.
+"""The layout of a buffer file, version 2, as pure functions. All numbers are little endian.
 
     0       header: "mpsbuf\\r\\n", version u32, packet size u32, packets a section u64, sections u32,
                     client id 64 bytes
-    4096    slot 0: sequence u64, flags u64 (1: epoch is known), epoch u64, shift i64, origin u64, acked u64,
-    8192    slot 1           base place u64, end place u64, synced place u64, synced CRC u64,
-                             a CRC-32 u32 for each of up to 64 sections
+    4096    slot 0: sequence u64, flags u64 (1: epoch is known, 2: some places are doubtful), epoch u64, shift i64,
+    8192    slot 1           origin u64, acked u64, base place u64, end place u64, synced place u64, synced CRC u64,
+                             doubtful place u64, home u64, a CRC-32 u32 for each of up to 64 sections
     12288   ring: sections of packets; the packet at place p lies at (p mod capacity) x packet size
 
 Header and slots end with a CRC-32 of what is before it in them. The slots are written in turn, the one with the higher
@@ -12,6 +12,10 @@ sequence is the newer one. Section k of the ring holds the places [k, k + 1) x p
 its CRC covers the packets from its beginning up to its end, or to the end place if that comes first. The synced CRC is
 the same of the section that the synced place is in, up to that: everything before it was synced before the slot was
 written. The place of a section is used again only when every packet in it has been acknowledged or dropped.
+
+Indices are doubtful while the server has not said OK since the file was opened: a power cut may have taken packets from
+the file that the server has got. Doubtful is the place that the file ended at when it was opened, however often it was
+opened since. Home is ``Servers.key`` of the server that the epoch is known from, 0 for none.
 
 So of a section whose CRC is wrong after a power cut, either everything was acknowledged, or its newest packets were not
 synced. ``held_range`` says what that leaves.
@@ -28,17 +32,18 @@ from mpserverd import limits
 from mpserverd.client.errors import BufferFileError
 
 MAGIC = b"mpsbuf\r\n"
-VERSION = 1
+VERSION = 2
 BLOCK_BYTES = 4096
 SLOTS_AT = (BLOCK_BYTES, 2 * BLOCK_BYTES)
 RING_AT = 3 * BLOCK_BYTES
 SECTIONS_MAX = 64
 
 _HEADER = struct.Struct(f"<8sIIQI{limits.CLIENT_ID_BYTES_MAX}s")
-_SLOT = struct.Struct("<QQQqQQQQQQ")
+_SLOT = struct.Struct("<QQQqQQQQQQQQ")
 _CRC = struct.Struct("<I")
 _SECTION_CRCS = struct.Struct(f"<{SECTIONS_MAX}I")
 _EPOCH_KNOWN = 1
+_DOUBTFUL = 2
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -96,13 +101,15 @@ class Slot:
     end_place: int
     synced_place: int
     synced_crc: int
+    doubtful_place: int | None
+    home: int
     crcs: tuple[int, ...]
 
     def to_bytes(self) -> bytes:
-        is_known = 0 if self.epoch is None else _EPOCH_KNOWN
+        flags = (0 if self.epoch is None else _EPOCH_KNOWN) | (0 if self.doubtful_place is None else _DOUBTFUL)
         body = _SLOT.pack(
-            self.sequence, is_known, self.epoch or 0, self.shift, self.origin, self.acked,
-            self.base_place, self.end_place, self.synced_place, self.synced_crc,
+            self.sequence, flags, self.epoch or 0, self.shift, self.origin, self.acked, self.base_place,
+            self.end_place, self.synced_place, self.synced_crc, self.doubtful_place or 0, self.home,
         )  # fmt: skip
         body += _SECTION_CRCS.pack(*self.crcs, *([0] * (SECTIONS_MAX - len(self.crcs))))
         return body + _CRC.pack(zlib.crc32(body))
@@ -115,10 +122,11 @@ class Slot:
             return None
         if _CRC.unpack_from(content, length)[0] != zlib.crc32(content[:length]):
             return None
-        sequence, flags, epoch, shift, origin, acked, base, end, synced, synced_crc = _SLOT.unpack_from(content)
-        known = epoch if flags & _EPOCH_KNOWN else None
+        words = _SLOT.unpack_from(content)
+        sequence, flags, epoch, shift, origin, acked, base, end, synced, synced_crc, doubtful, home = words
+        known, doubtful = epoch if flags & _EPOCH_KNOWN else None, doubtful if flags & _DOUBTFUL else None
         crcs = _SECTION_CRCS.unpack_from(content, _SLOT.size)
-        return cls(sequence, known, shift, origin, acked, base, end, synced, synced_crc, crcs)
+        return cls(sequence, known, shift, origin, acked, base, end, synced, synced_crc, doubtful, home, crcs)
 
 
 def held_range(geometry: Geometry, slot: Slot, crc_of: Callable[[int, int], int]) -> tuple[int, int]:
