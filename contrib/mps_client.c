@@ -89,7 +89,7 @@ static void mps_over(struct mps *m, const char *why, int final, int64_t pause_ms
     m->fd = -1;
     m->state = final ? MPS_FAILED : MPS_WAITING;
     if (pause_ms < 0) {
-        pause_ms = (int64_t)MPS_PAUSE_MIN_MS << (m->failures < 7 ? m->failures++ : 7);
+        m->bare = 0, pause_ms = (int64_t)MPS_PAUSE_MIN_MS << (m->failures < 7 ? m->failures++ : 7);
         pause_ms = pause_ms < MPS_PAUSE_MAX_MS ? pause_ms : MPS_PAUSE_MAX_MS;
         m->random = m->random * 1103515245u + 12345u;
         pause_ms -= (int64_t)(m->random >> 8) % (pause_ms / 2); /* who fell together does not come back together */
@@ -108,6 +108,7 @@ static void mps_connect(struct mps *m)
     m->state = MPS_CONNECTING;
     m->heard = mps_now();
     m->line_bytes = m->hello_sent = 0;
+    m->bare |= m->home != m->turn % (unsigned)m->server_count && !(m->acked + m->shift); /* an epoch is one spool's */
     if (m->known && !m->bare)
         snprintf(where, sizeof where, " epoch=%016" PRIx64 " first=%" PRIu64, m->epoch, m->acked + m->shift);
     m->hello_bytes = (size_t)snprintf(m->hello, sizeof m->hello, "MPS/1 %s %zu%s%s\n", m->id, m->size, m->token, where);

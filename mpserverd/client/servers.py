@@ -1,10 +1,13 @@
 """Which server a client tries next, and when. Pure: times are seconds of one monotonic clock and come in as arguments.
 
-Rules: servers are tried in turn. A failure makes the pause before the next attempt longer, and each pause is shortened
-at random; a server that said ``retry=`` is not asked earlier, while others may be.
+Rules: servers are tried in turn, but one that worked is tried once more first. A failure makes the pause before the
+next attempt longer, and each pause is shortened at random; a server that said ``retry=`` is not asked earlier, while
+others may be.
 """
 
 from __future__ import annotations
+
+import zlib
 
 from mpserverd.client.pacing import NS_PER_S, Backoff
 from mpserverd.protocol import mps
@@ -47,17 +50,29 @@ class Servers:
         self._backoff = Backoff(int(first_s * NS_PER_S), int(max_s * NS_PER_S), seed)
         self._pause_until = 0.0
         self._current = -1
+        self._stays = False
+
+    @property
+    def key(self) -> int:
+        """Names the server that was tried last; never 0, and the same in every program that uses this address."""
+        host, port = self._addresses[self._current]
+        return zlib.crc32(f"{host}:{port}".encode()) | 1 << 32
+
+    @property
+    def are_several(self) -> bool:
+        return len(self._addresses) > 1
 
     def choose(self) -> tuple[tuple[str, int], float]:
-        """The server to try next and when: the one after the last that may be asked soonest. Then say ``trying``."""
-        count = len(self._addresses)
-        order = [(self._current + step) % count for step in range(1, count + 1)]
+        """The server to try next and when: of those that may be asked soonest the first behind the last one, or the
+        last one itself if it is to be tried again. Then say ``trying``."""
+        count, first = len(self._addresses), 0 if self._stays else 1
+        order = [(self._current + step) % count for step in range(first, first + count)]
         self._next = min(order, key=lambda number: max(self._not_before[number], self._pause_until))
         return self._addresses[self._next], max(self._not_before[self._next], self._pause_until)
 
     def trying(self) -> None:
         """The chosen one is tried now."""
-        self._current = self._next
+        self._current, self._stays = self._next, False
 
     def failed(self, now: float, retry_s: float | None = None, all_of_them: bool = False) -> None:
         """The attempt or the connection ended. ``retry_s`` is what the server asked for."""
@@ -66,8 +81,17 @@ class Servers:
             return
         for number in range(len(self._addresses)):
             if all_of_them or number == self._current:
-                self._not_before[number] = now + retry_s
+                self._not_before[number] = max(self._not_before[number], now + retry_s)
 
     def worked(self) -> None:
-        """Something was acknowledged: the next pause is short again."""
+        """Something was acknowledged: the next pause is short again, and this server is the next one too."""
         self._backoff.reset()
+        self._stays = True
+
+    def again(self) -> None:
+        """It did not fail: this server is the next one too, after the pause."""
+        self._stays = True
+
+    def at_once(self, now: float) -> None:
+        """This server is to be asked something else, now."""
+        self._stays, self._pause_until = True, now

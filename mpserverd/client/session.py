@@ -13,9 +13,14 @@ Rules
 * Nothing is sent before a whole OK, and never a packet before its <next-packet>.
 * Every hello after the first OK has epoch= and first=, so that a server that knows better says so. First= is where the
   buffer begins: what was dropped before becomes a hole that the server counts.
-* The server contradicts us (next before what we hold, another epoch): it lost its stream. ``on_epoch`` decides: give
-  up, or begin a new epoch with what is held. If nothing was ever acknowledged in our epoch, we number from its next.
-* An acknowledgement of what was not sent is nonsense, and ends the connection; a lower one is old, and ignored.
+* A server that has not our epoch and did not give it to us, or acknowledged nothing of it: it is asked to number us.
+* The one that gave it contradicts us (another epoch, or less than it had acknowledged): it lost its stream.
+  ``on_epoch`` decides: give up, or begin a new epoch with what is held.
+* Such another opening is for that server alone, and for one attempt, which follows at once. A server that then says our
+  epoch after all is gone on with, never renumbered.
+* An epoch that we had before, on a server that we come back to: its OK says what it kept of ours.
+* An OK for more than was sent in its epoch: somebody else has our id. An ACK for it is nonsense, and ends the
+  connection; a lower one is old, and ignored.
 
 It knows no sockets and no clock. The buffer keeps what must outlive the process.
 """
@@ -73,6 +78,25 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.STREAMING, Event.FAIL): State.FAILED,
     **{(state, Event.CLOSE): State.CLOSED for state in State if state is not State.CLOSED},
 }
+
+
+class Opening(enum.Enum):
+    """What a hello says of the stream: whether it names epoch= and first=, and whether it has new=1."""
+
+    GO_ON = (True, False)
+    """As far as an epoch is known."""
+    UNNUMBERED = (False, False)
+    """Whatever you have: number us."""
+    NEW = (True, True)
+    """Unless you have our epoch after all, begin another."""
+    NEW_ANYHOW = (False, True)
+    """You have our epoch and lost packets of it: begin another."""
+
+
+NUMBERINGS_MAX = 8
+"""Epochs that are remembered beside the present one: more servers than anybody moves between."""
+SETTLED_S = 5.0
+"""A connection that lived so long after its OK was a good one: the next pause is short again."""
 
 
 class Loss(enum.StrEnum):
@@ -150,7 +174,13 @@ class Session:
         self._notices: list[Notice] = []
         self._reader = mps.AnswerReader()
         self._out = 0
-        self._renumber = self._new = self._idle = False
+        self._sent_place = 0
+        self._numberings: dict[int, tuple[int, int]] = {}
+        """Of earlier epochs: shift, and the index that nothing was sent from on."""
+        self._opening = self._next_opening = Opening.GO_ON
+        self._said_first = 0
+        self._ok_at = 0.0
+        self._idle = False
         self._deadline: float | None = None
 
     # -- connecting
@@ -166,6 +196,7 @@ class Session:
         """An attempt begins: the address."""
         address, _ = self.servers.choose()
         self.servers.trying()
+        self._opening, self._next_opening = self._next_opening, Opening.GO_ON
         self._idle = False
         self._apply(Event.DIAL, detail=f"{address[0]}:{address[1]}")
         self._deadline = now + self.terms.connect_timeout_s
@@ -180,11 +211,18 @@ class Session:
 
     def _hello(self) -> mps.Hello:
         terms, buffer = self.terms, self.buffer
-        if self._new:
-            return mps.Hello(terms.client_id, terms.packet_size, terms.token, new=True)
-        if buffer.epoch is None or self._renumber:
-            return mps.Hello(terms.client_id, terms.packet_size, terms.token)
-        return mps.Hello(terms.client_id, terms.packet_size, terms.token, buffer.epoch, buffer.base)
+        if buffer.base == 0 and self._is_elsewhere and self._opening is Opening.GO_ON:
+            self._opening = Opening.UNNUMBERED  # one that knows nothing would begin a second stream with our epoch
+        is_named, is_new = self._opening.value
+        is_named = is_named and buffer.epoch is not None
+        self._said_first = buffer.base if is_named else 0
+        epoch, first = (buffer.epoch, self._said_first) if is_named else (None, None)
+        return mps.Hello(terms.client_id, terms.packet_size, terms.token, epoch, first, is_new)
+
+    @property
+    def _is_elsewhere(self) -> bool:
+        """Whether the server is another one than that which we have the epoch from."""
+        return self.servers.are_several and self.servers.key != self.buffer.home
 
     # -- what comes in
 
@@ -221,37 +259,56 @@ class Session:
         buffer = self.buffer
         if self.state is not State.GREETING:
             return self.lost(Loss.NONSENSE, "a second OK", now)
-        if buffer.epoch is None:
-            buffer.begin_epoch(ok.epoch, 0, ok.next_packet)
-        elif self._new or self._renumber:
-            buffer.begin_epoch(ok.epoch, buffer.base_place, ok.next_packet)
-        elif ok.epoch != buffer.epoch:
-            text = f"the server goes on with epoch {ok.epoch:016x}, this client with {buffer.epoch:016x}"
-            return self._contradicted(EpochError(text), now)
-        elif buffer.restored_place is None and ok.next_packet > buffer.end:
-            text = f"the server is at packet {ok.next_packet}, this client made {buffer.end}: two with one id?"
-            return self._fail(StreamTakenError(text))
-        elif ok.next_packet < buffer.base:
-            if buffer.acked > ok.next_packet:
-                text = f"the server goes on at packet {ok.next_packet}; it had acknowledged {buffer.acked}"
-                return self._contradicted(StreamLostError(text), now)
-            return self.lost(Loss.NONSENSE, f"OK {ok.next_packet} after first={buffer.base}", now)
-        else:
-            self._go_on(ok.next_packet)
-        self._new = self._renumber = False
-        if buffer.base > ok.next_packet:  # dropped before there was a number: the next hello tells the server
-            return self.lost(Loss.RENUMBERED, "packets were dropped before the first OK", now)
+        if ok.epoch != buffer.epoch:
+            if buffer.epoch is not None and self._opening is Opening.GO_ON:
+                text = f"the server goes on with epoch {ok.epoch:016x}, this client with {buffer.epoch:016x}"
+                return self._has_other_epoch(EpochError(text), now)
+            self._begin_epoch(ok)
+        elif not self._goes_on(ok.next_packet, now):
+            return None
+        if buffer.base > ok.next_packet:  # dropped since the hello, or before the first OK: the next hello tells
+            return self.lost(Loss.RENUMBERED, "packets were dropped before the OK", now)
         self._out = (ok.next_packet - buffer.shift) * buffer.packet_size
-        self.level, self._deadline = ok.level, None
+        self.level, self._deadline, self._ok_at = ok.level, None, now
         self._apply(Event.OK, detail=f"from packet {ok.next_packet} on, {ok.level}")
         return None
 
-    def _go_on(self, next_packet: int) -> None:
-        before = self.buffer.acked
-        self.skipped += self.buffer.go_on(next_packet)
-        if self.buffer.acked > before:
-            self.servers.worked()
-            self._notices.append(Acknowledged(next_packet))
+    def _begin_epoch(self, ok: mps.Ok) -> None:
+        """Number what is held from the server's next packet on; without what it kept of it if we were here before."""
+        buffer = self.buffer
+        place = before = 0 if buffer.epoch is None else buffer.base_place
+        if ok.epoch in self._numberings:
+            shift, sent = self._numberings.pop(ok.epoch)
+            place = max(place, min(ok.next_packet, sent) - shift)
+        if buffer.epoch is not None:
+            self._numberings[buffer.epoch] = (buffer.shift, self._sent_max)
+            if len(self._numberings) > NUMBERINGS_MAX:
+                del self._numberings[next(iter(self._numberings))]
+        buffer.home = self.servers.key
+        buffer.begin_epoch(ok.epoch, place, ok.next_packet)
+        self._sent_place = place
+        if place > before:
+            self._notices.append(Acknowledged(ok.next_packet))
+
+    def _goes_on(self, next_packet: int, now: float) -> bool:
+        """The server has our epoch: whether what it says of it can be true."""
+        buffer, acked = self.buffer, self.buffer.acked
+        if next_packet < acked:
+            text = f"the server goes on at packet {next_packet}; it had acknowledged {acked}"
+            self._contradicted(Opening.NEW_ANYHOW, StreamLostError(text), now)
+        elif next_packet < self._said_first:
+            self.lost(Loss.NONSENSE, f"OK {next_packet} after first={self._said_first}", now)
+        elif buffer.restored_place is None and next_packet > self._sent_max:
+            text = f"the server is at packet {next_packet}, this client sent up to {self._sent_max}: two with one id?"
+            self._fail(StreamTakenError(text))
+        else:
+            buffer.home = self.servers.key
+            self.skipped += buffer.go_on(next_packet)
+            if buffer.acked > acked:
+                self.servers.worked()
+                self._notices.append(Acknowledged(next_packet))
+            return True
+        return False
 
     def _take_ack(self, next_packet: int, now: float) -> None:
         if self.state is not State.STREAMING:
@@ -270,20 +327,27 @@ class Session:
     def _take_refusal(self, refusal: mps.Refusal, now: float) -> None:
         if not refusal.is_final:
             return self.lost(Loss.REFUSED, f"ERR {refusal.code} {refusal.text}", now)
-        has_named_epoch = not (self._new or self._renumber or self.buffer.epoch is None)
+        has_named_epoch = self._opening is Opening.GO_ON and self.buffer.epoch is not None
         if refusal.code == mps.ErrorCode.EPOCH and has_named_epoch:
-            return self._contradicted(EpochError(f"the server has another stream: {refusal.text}"), now)
+            return self._has_other_epoch(EpochError(f"the server has another stream: {refusal.text}"), now)
         return self._fail(RefusedError(refusal.code, refusal.text))
 
-    def _contradicted(self, error: EpochError, now: float) -> None:
-        """The server does not have what we go on with."""
-        if self.buffer.acked <= self.buffer.origin:  # it never said that it had
-            self._renumber = True
-        elif self.terms.on_epoch == "new":
-            self._new = True
-        else:
+    def _has_other_epoch(self, error: EpochError, now: float) -> None:
+        """The server has not the epoch that we named."""
+        if self._is_elsewhere or self.buffer.acked <= self.buffer.origin:  # it never said that it had anything of it
+            return self._open_anew(Opening.UNNUMBERED, str(error), now)
+        return self._contradicted(Opening.NEW, error, now)
+
+    def _contradicted(self, opening: Opening, error: EpochError, now: float) -> None:
+        """The server does not have what it had acknowledged."""
+        if self.terms.on_epoch != "new" or self._opening is opening:
             return self._fail(error)
-        return self.lost(Loss.RENUMBERED, str(error), now)
+        return self._open_anew(opening, str(error), now)
+
+    def _open_anew(self, opening: Opening, why: str, now: float) -> None:
+        self.lost(Loss.RENUMBERED, why, now)
+        self._next_opening = opening
+        self.servers.at_once(now)
 
     # -- what goes out
 
@@ -302,6 +366,7 @@ class Session:
     def sent(self, count_bytes: int, now: float) -> None:
         """So many bytes of ``outgoing`` are out of our hands."""
         self._out += count_bytes
+        self._sent_place = max(self._sent_place, self._out // self.buffer.packet_size)
         if self._deadline is None and count_bytes:
             self._deadline = now + self.terms.ack_timeout_s
 
@@ -311,6 +376,12 @@ class Session:
         if self.state is not State.STREAMING:
             return self.buffer.acked
         return self._out // self.buffer.packet_size + self.buffer.shift
+
+    @property
+    def _sent_max(self) -> int:
+        """Nothing from this index on was sent in this epoch. What comes from a file may have been, all of it."""
+        buffer = self.buffer
+        return max(self._sent_place, buffer.base_place, buffer.restored_place or 0) + buffer.shift
 
     def make_room(self, packets: int, now: float) -> None:
         """Drop the oldest until so many packets can be appended."""
@@ -342,7 +413,11 @@ class Session:
 
     def _lose(self, loss: Loss, detail: str, now: float, retry_s: int | None, everywhere: bool) -> None:
         self.losses[loss] += 1
+        if self.state is State.STREAMING and now - self._ok_at >= SETTLED_S:
+            self.servers.worked()
         self.servers.failed(now, retry_s, everywhere)
+        if loss is Loss.RENUMBERED:
+            self.servers.again()
         self._deadline = None
         self._apply(Event.LOSE, loss, detail)
 

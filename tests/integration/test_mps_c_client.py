@@ -308,6 +308,61 @@ def test_the_next_server_is_taken_and_numbers_by_itself(program: pathlib.Path) -
     assert second.hellos[1] == b"MPS/1 mps-client 16\n"
 
 
+def test_the_bare_hello_is_for_the_server_that_has_not_our_epoch(program: pathlib.Path) -> None:
+    """It refuses the epoch and is gone when it is asked without; the one that gave the epoch is told of it as ever."""
+    hellos: list[bytes] = []
+
+    def serve(client: socket.socket) -> None:
+        """Ten packets of which five are kept, nothing, and the other five."""
+        hellos.append(hello(client)[0])
+        if len(hellos) == 2:
+            return
+        first = 5 if len(hellos) > 1 else 0
+        client.sendall(b"OK %d durable %s\n" % (first, EPOCH.encode()))
+        client.recv((10 - first) * SIZE, socket.MSG_WAITALL)  # all of them: what is unread would be a reset
+        client.sendall(b"ACK %d\n" % (first + 5))
+        if first:
+            client.recv(1)
+
+    with (
+        socket.create_server(("127.0.0.1", 0)) as second,
+        serving(serve) as server,
+        subprocess.Popen(
+            [program, "-n", "10", "-d", "30", f"127.0.0.1:{server.port},127.0.0.1:{second.getsockname()[1]}"]
+        ) as client,
+    ):
+        second.settimeout(DEADLINE_S * SLOWNESS)
+        refused, _ = second.accept()
+        second.close()
+        with refused:
+            assert hello(refused)[0] == b"MPS/1 mps-client 16 epoch=%s first=5\n" % EPOCH.encode()
+            refused.sendall(b"ERR epoch another one\n")
+        assert client.wait(2 * DEADLINE_S * SLOWNESS) == 0
+    assert hellos == [b"MPS/1 mps-client 16\n"] + [b"MPS/1 mps-client 16 epoch=%s first=5\n" % EPOCH.encode()] * 2
+
+
+def test_a_server_that_knows_nothing_is_not_given_the_epoch_of_another(program: pathlib.Path) -> None:
+    """The first takes packets, acknowledges none, and is gone: the second numbers from 0 under an epoch of its own."""
+    keeper = Keeper(epoch="00000000deadbeef")
+    with (
+        socket.create_server(("127.0.0.1", 0)) as first,
+        serving(keeper) as server,
+        subprocess.Popen(
+            [program, "-n", "10", "-d", "30", f"127.0.0.1:{first.getsockname()[1]},127.0.0.1:{server.port}"]
+        ) as client,
+    ):
+        first.settimeout(DEADLINE_S * SLOWNESS)
+        taken, _ = first.accept()
+        first.close()
+        with taken:
+            hello(taken)
+            taken.sendall(b"OK 0 durable %s\n" % EPOCH.encode())
+            taken.recv(SIZE)
+        assert client.wait(2 * DEADLINE_S * SLOWNESS) == 0
+    assert keeper.hellos[0] == b"MPS/1 mps-client 16\n"
+    assert keeper.content == pattern(10)
+
+
 def test_bad_usage_is_said(program: pathlib.Path) -> None:
     for arguments in ([], ["-s", "x", "h:1"], ["-s", "0", "h:1"], ["-b", "0", "h:1"], ["-q", "h:1"], ["h:1", "h:2"]):
         answer = subprocess.run([program, *arguments], capture_output=True, check=False, timeout=DEADLINE_S * SLOWNESS)
