@@ -51,6 +51,8 @@ lint: setup
 	@$(BIN)/ruff format --quiet --check . || { echo "lint: type: $(BIN)/ruff format ." >&2; exit 1; }
 	@$(BIN)/mypy --no-error-summary
 	@$(BIN)/mypy --no-error-summary --explicit-package-bases $(TYPED)
+	@for system in win32 darwin; do \
+		$(BIN)/mypy --no-error-summary --follow-imports=silent --platform $$system mpserverd/client || exit 1; done
 
 bench: setup
 	@exec $(BIN)/python tests/bench/bench.py $(BENCH)

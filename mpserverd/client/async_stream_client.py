@@ -6,7 +6,8 @@
 
 Rules: make it and use it within one running event loop. Callbacks are plain functions and run in the loop. A program
 that keeps the loop busy keeps the client from receiving. With ``buffer_file`` each ``send`` writes to the file within
-the loop (memory of the system, microseconds); only ``buffer_sync`` waits in a thread of the loop's pool.
+the loop (memory of the system, microseconds), and what waits for the disk is done in a thread of the loop's pool. Two
+exceptions: the constructor reads the whole file, and with ``buffer_sync`` a full ring that goes around may sync once.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ RECEIVE_BYTES = 65_536
 class AsyncStreamClient(ClientCore):
     """Connects at once, in a task; the constructor does not wait for it. docs/clients.md has every argument."""
 
-    def _begin(self) -> None:
+    def _prepare(self) -> None:
         self._loop = asyncio.get_running_loop()
+
+    def _begin(self) -> None:
         self._one_call = asyncio.Lock()
         self._work = asyncio.Event()
         self._changed = self._loop.create_future()
@@ -108,6 +111,7 @@ class AsyncStreamClient(ClientCore):
         """Flush, and end. Returns the number of packets that a buffer file keeps for the next start; without a file
         raises NotAcknowledgedError if packets were left. May be called again."""
         if self._session.state is State.CLOSED:
+            await self._end()
             return self._buffer.held
         error: ClientError | None = None
         try:
@@ -117,14 +121,18 @@ class AsyncStreamClient(ClientCore):
         finally:
             self._session.close()
             self._tell()
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            held = self._buffer.held
-            async with self._one_call:
-                self._buffer.close()
+            await self._end()
         if error is not None and not self._is_kept:
             raise self._unacknowledged(timeout_s) from error
-        return held
+        return self._buffer.held
+
+    async def _end(self) -> None:
+        """The task, the connection, the file. If it is cancelled, another ``close`` goes on with it."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        async with self._one_call:
+            if not self._buffer.is_closed:
+                await asyncio.to_thread(self._buffer.close)
 
     def _check_alive(self) -> None:
         super()._check_alive()
@@ -212,6 +220,8 @@ class AsyncStreamClient(ClientCore):
     async def _send_out(self, writer: asyncio.StreamWriter) -> None:
         session = self._session
         while session.state in CONNECTED_STATES:
+            if not session.buffer.is_settled:
+                await asyncio.to_thread(session.buffer.settle)
             waiting_bytes = session.outgoing_bytes
             if not waiting_bytes:
                 self._work.clear()

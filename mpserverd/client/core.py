@@ -55,6 +55,7 @@ class ClientCore:
             raise ValueError(f"linger_s is 0 to 1, not {linger_s!r}")
         terms = Terms(client_id, packet_size, token, on_epoch, connect_timeout_s, answer_timeout_s, ack_timeout_s)
         turn = Servers(_addresses(servers), backoff_s, random.SystemRandom().getrandbits(64))
+        self._prepare()
         self._buffer = (
             PacketBuffer(packet_size, buffer_bytes)
             if buffer_file is None
@@ -65,7 +66,14 @@ class ClientCore:
         self._linger_s, self._tls = linger_s, tls
         self._is_kept, self._is_synced = buffer_file is not None, buffer_sync
         self._on_ack, self._on_state = on_ack, on_state
-        self._begin()
+        try:
+            self._begin()
+        except BaseException:
+            self._buffer.close()  # nobody else can, and the file would stay locked
+            raise
+
+    def _prepare(self) -> None:
+        """The arguments are right: what must be there before a file is opened."""
 
     def _begin(self) -> None:
         """Everything is there: start."""
@@ -155,10 +163,9 @@ class ClientCore:
         )
 
     def _unacknowledged(self, timeout_s: float) -> NotAcknowledgedError:
-        held = self._buffer.held
-        return NotAcknowledgedError(
-            f"{held} packets are not acknowledged after {timeout_s:g} s, the client is {self.state}", held
-        )
+        held, error = self._buffer.held, self._session.error
+        why = f"after {timeout_s:g} s, the client is {self.state}" if error is None else f"and will not be: {error}"
+        return NotAcknowledgedError(f"{held} packets are not acknowledged {why}", held)
 
 
 def _addresses(servers: ServerNames) -> list[tuple[str, int]]:

@@ -59,6 +59,11 @@ class IoLoop(threading.Thread):
         self._watched_for = 0
         self.fault: BaseException | None = None
 
+    @property
+    def is_caller(self) -> bool:
+        """Whether this is called from one of the callbacks."""
+        return threading.current_thread() is self
+
     # -- for any thread, with the lock held
 
     def kick(self, now: float, hurry: bool = False) -> None:
@@ -113,13 +118,17 @@ class IoLoop(threading.Thread):
             self.fault = error
             _log.exception("client stopped by a fault of its own")
         finally:
-            self._drop_connection()
-            self._selector.close()
-            self._wake_out.close()
-            with self._condition:
-                self._is_woken = True  # nobody writes to a closed socket
-                self._wake_in.close()
-                self._condition.notify_all()
+            self.discard()
+
+    def discard(self) -> None:
+        """Let go of everything that is open; for a loop that never ran, too."""
+        self._drop_connection()
+        self._selector.close()
+        self._wake_out.close()
+        with self._condition:
+            self._is_woken = True  # nobody writes to a closed socket
+            self._wake_in.close()
+            self._condition.notify_all()
 
     def _turn(self) -> bool:
         """Everything that is due now, then wait for what comes next. False at the end."""
@@ -175,6 +184,7 @@ class IoLoop(threading.Thread):
         self._receive(connection, now)
         if session.state not in CONNECTED_STATES:
             return
+        session.buffer.settle()
         self._is_blocked = False
         if self._send_error is None and (self._head or session.outgoing_bytes) and not self._is_lingering(now):
             self._pump(now)

@@ -6,8 +6,9 @@
                                                                                 CLOSED: close() was called
 
 The owner connects when ``dial_at`` is over, sends what ``connected`` and ``outgoing`` give, tells ``sent`` what went
-out and ``receive`` what came in, calls ``expire`` when ``deadline`` is over, and ends its connection whenever the state
-is no longer one of ``CONNECTED_STATES``. ``take_notices`` says what callbacks are to be told.
+out and ``receive`` what came in, calls the buffer's ``settle`` after that, calls ``expire`` when ``deadline`` is over,
+and ends its connection whenever the state is no longer one of ``CONNECTED_STATES``. ``take_notices`` says what
+callbacks are to be told.
 
 Rules
 * Nothing is sent before a whole OK, and never a packet before its <next-packet>.
@@ -353,13 +354,13 @@ class Session:
 
     def outgoing(self, bytes_max: int) -> memoryview:
         """What may be sent next, in a row; empty when there is nothing. Valid until packets are dropped or released."""
-        if self.state is not State.STREAMING:
+        if not self.outgoing_bytes:
             return memoryview(b"")
         return self.buffer.view(self._out, bytes_max)
 
     @property
     def outgoing_bytes(self) -> int:
-        if self.state is not State.STREAMING:
+        if self.state is not State.STREAMING or not self.buffer.is_settled:
             return 0
         return self.buffer.end_place * self.buffer.packet_size - self._out
 

@@ -43,7 +43,11 @@ class StreamClient(ClientCore):
         self._condition = threading.Condition()
         self._one_call = threading.Lock()
         self._loop = IoLoop(self._session, self._condition, self._tell, self._linger_s, self._tls)
-        self._loop.start()
+        try:
+            self._loop.start()
+        except RuntimeError:  # no more threads
+            self._loop.discard()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -94,7 +98,12 @@ class StreamClient(ClientCore):
         return count
 
     def flush(self, timeout_s: float = 60.0) -> None:
-        """Wait until everything sent so far is acknowledged. Raises NotAcknowledgedError, or what ended the client."""
+        """Wait until everything sent so far is acknowledged. Raises NotAcknowledgedError, or what ended the client.
+
+        RuntimeError in a callback: it runs in the thread that receives acknowledgements.
+        """
+        if self._loop.is_caller:
+            raise RuntimeError("a callback cannot wait for what its own thread receives")
         deadline = time.monotonic() + timeout_s
         with self._condition:
             self._check_alive()
@@ -109,9 +118,11 @@ class StreamClient(ClientCore):
 
     def close(self, timeout_s: float = 30.0) -> int:
         """Flush, and end. Returns the number of packets that a buffer file keeps for the next start; without a file
-        raises NotAcknowledgedError if packets were left. May be called again."""
+        raises NotAcknowledgedError if packets were left. May be called again. In a callback it does not flush."""
         error: ClientError | None = None
-        if self._session.state is not State.CLOSED:
+        if self._loop.is_caller:
+            error = self._unacknowledged(0.0) if self._buffer.held else None
+        elif self._session.state is not State.CLOSED:
             try:
                 self.flush(timeout_s)
             except ClientError as caught:
@@ -121,14 +132,14 @@ class StreamClient(ClientCore):
             self._session.close()
             self._loop.wake()
             self._condition.notify_all()
-        self._loop.join(JOIN_S)
-        held = self._buffer.held
-        if is_first:
-            with self._one_call:  # whoever waits there for room was woken and leaves
+        if not self._loop.is_caller:
+            self._loop.join(JOIN_S)
+        with self._one_call:  # whoever waits there for room was woken and leaves
+            if not self._buffer.is_closed:
                 self._buffer.close()
         if error is not None and not self._is_kept and is_first:
             raise self._unacknowledged(timeout_s) from error
-        return held
+        return self._buffer.held
 
     def _check_alive(self) -> None:
         super()._check_alive()

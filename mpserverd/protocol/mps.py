@@ -37,6 +37,7 @@ _EPOCH = re.compile(r"[0-9a-f]{16}")
 _TOKEN = re.compile(rf"[!-~]{{1,{TOKEN_BYTES_MAX}}}")
 _WORD = re.compile(r"[a-z][a-z-]{0,31}")
 _CLIENT_ID = re.compile(limits.CLIENT_ID_PATTERN)
+_OTHER_VERSION = re.compile(rb"MPS/(?!1(?![!-~]))")
 _OPTIONS = ("token", "epoch", "first", "new")
 
 
@@ -128,10 +129,8 @@ class Hello:
     @classmethod
     def from_line(cls, line: bytes) -> Hello:
         """``line`` ends with LF. Raises HelloError."""
-        words = _words(line)
+        words = _words(_body(line))
         if words[0] != VERSION_WORD:
-            if words[0].startswith("MPS/"):
-                raise HelloError(ErrorCode.VERSION, f"this server speaks {VERSION_WORD}")
             raise HelloError(ErrorCode.SYNTAX, f"a hello begins with {VERSION_WORD}")
         if len(words) < 3:
             raise HelloError(ErrorCode.SYNTAX, f"{VERSION_WORD} is followed by a client id and a packet size")
@@ -141,10 +140,17 @@ class Hello:
         return hello
 
 
-def _words(line: bytes) -> list[str]:
+def _body(line: bytes) -> bytes:
+    """The line without its end. What else another version has in it is not for us to judge."""
     if len(line) > LINE_BYTES_MAX or not line.endswith(b"\n"):
         raise HelloError(ErrorCode.LINE_TOO_LONG, f"a hello has at most {LINE_BYTES_MAX} bytes")
     body = line[:-1].removesuffix(b"\r")
+    if _OTHER_VERSION.match(body):
+        raise HelloError(ErrorCode.VERSION, f"this server speaks {VERSION_WORD}")
+    return body
+
+
+def _words(body: bytes) -> list[str]:
     if not all(0x20 <= byte < 0x7F for byte in body):
         raise HelloError(ErrorCode.SYNTAX, "a hello is printable ASCII")
     words = body.decode("ascii").split(" ")

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import random
 import re
+import select
 import socket
 import ssl
 import struct
@@ -215,6 +216,7 @@ class MpsServer:
         while True:
             if self.stops_reading.is_set() and not self._stop.wait(0.01):
                 continue
+            self._acknowledge_if_idle(connection, kept)
             want = 65536 if cut_at is None else max(1, min(65536, cut_at - received))
             packets = connection.recv(want)
             received += len(packets)
@@ -231,6 +233,12 @@ class MpsServer:
                 if cut_at is not None and received >= cut_at:
                     self._end_badly(connection, kept)
                     return
+
+    def _acknowledge_if_idle(self, connection: socket.socket, kept: Kept) -> None:
+        """What ``ack_every_bytes`` held back, when nothing more comes."""
+        if self.faults.ack_every_bytes > 1 and not select.select([connection], [], [], 0.01)[0]:
+            with self._lock:
+                self._acknowledge(connection, kept)
 
     def _acknowledge(self, connection: socket.socket, kept: Kept) -> None:
         if not self.holds_acks.is_set() and kept.next > kept.acked:
