@@ -172,15 +172,22 @@ def test_a_server_that_has_another_stream_is_an_error_or_a_new_beginning(tmp_pat
 
 
 def test_the_asyncio_client_does_the_same_without_a_thread(tmp_path: pathlib.Path) -> None:
-    async def send_all(server: str) -> None:
-        async with mpserverd.AsyncStreamClient(server, "press-7", 16) as client:
+    """With a buffer file, and deaths of what serves it."""
+
+    async def send_all(daemon: Daemon) -> None:
+        server, file = address(daemon), tmp_path / "buffer"
+        async with mpserverd.AsyncStreamClient(
+            server, "press-7", 16, buffer_file=file, backoff_s=(0.05, 0.2)
+        ) as client:
             for first in range(0, 5000, 100):
                 await client.send(packets("press-7", first, 100, 16))
+                if first in (1500, 3000):
+                    daemon.kill("worker-0" if first == 1500 else "storer")
             await client.flush()
             assert client.acked == 5000
 
     with Daemon(tmp_path, MPS) as daemon:
-        asyncio.run(send_all(address(daemon)))
+        asyncio.run(send_all(daemon))
         assert content_of(daemon, "press-7") == packets("press-7", 0, 5000, 16)
 
 

@@ -401,8 +401,9 @@ def test_a_close_that_is_cancelled_is_finished_by_the_next_one(tmp_path: pathlib
     async def live() -> None:
         client = AsyncStreamClient("127.0.0.1:1", "press-7", SIZE, buffer_file=file, backoff_s=(3600, 3600))
         await client.send(batch(0, 0, 10))
-        closing = asyncio.create_task(client.close())
-        await asyncio.sleep(0)
+        closing = asyncio.create_task(client.close(0.0))
+        while client.state != "closed":
+            await asyncio.sleep(0)
         closing.cancel()
         await asyncio.gather(closing, return_exceptions=True)
         assert await client.close() == 10
