@@ -99,6 +99,7 @@ class _Judging:
         self._trusted = self._is_trusted()
         self._holes = merged(known.holes if self._trusted else [*known.holes, *found.holes])
         self._drop_leftovers()
+        self._drop_strays()
         self._first = self._first_offset()
         self._end = self._find_end()
 
@@ -117,6 +118,22 @@ class _Judging:
             return
         listed = self._known.segments
         self._found.segments = [s for s in self._found.segments if s.first >= record.first_offset or s.first in listed]
+
+    def _drop_strays(self) -> None:
+        """A storer that is killed before its commit leaves the file that it had begun, and its successor may put the
+        bytes into the one before. A catalog that is believed says which of the two has them."""
+        record = self._known.record
+        if record is None or not self._trusted:
+            return
+        listed = [(s.first, record.durable if s.end is None else s.end) for s in self._known.segments.values()]
+        kept = []
+        for segment in self._found.segments:
+            if any(first < segment.first < end for first, end in listed) and segment.first not in self._known.segments:
+                self._notes.append(f"segment {segment.first} lies within another, and was never committed: set aside")
+                self._set_aside(segment.first)
+            else:
+                kept.append(segment)
+        self._found.segments = kept
 
     def _first_offset(self) -> int:
         record, segments = self._known.record, self._found.segments
@@ -183,6 +200,7 @@ class _Judging:
         for segment in self._found.segments:
             if segment not in there:
                 self._behind(segment)
+        self._found.segments = there
         rows = []
         for number, segment in enumerate(there):
             limit = there[number + 1].first if number + 1 < len(there) else self._end
