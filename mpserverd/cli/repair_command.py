@@ -17,6 +17,7 @@ from typing import TextIO
 from mpserverd.errors import SpoolError
 from mpserverd.limits import PACKET_BYTES_MAX
 from mpserverd.storer.repair import Report, StreamReport, Wishes, repair
+from mpserverd.streams.text import counted
 from mpserverd.supervisor.spool_lock import is_locked_now, lock_holders
 
 
@@ -76,6 +77,9 @@ def lines(report: Report) -> Iterator[str]:
     for path in report.set_aside:
         yield f"set aside: {path}"
     yield from report.notes
+    if report.uncompared_segments:
+        yield f"not compared with their checksums: {counted(report.uncompared_segments, 'segment')}; " \
+              "mpserverctl repair --checksums does that"  # fmt: skip
     if report.changed:
         aside = f"; the old one is {report.catalog_aside}" if report.catalog_aside else ""
         yield f"catalog written: {len(report.streams)} streams, {report.lost_bytes} bytes are missing{aside}"

@@ -16,6 +16,7 @@ import errno
 import json
 import os
 import re
+import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -228,6 +229,8 @@ def _guarded(command: Command) -> Command:
             raise
         except OSError as error:
             raise SpoolError(f"{error.filename or _place(error, args, out)}: {error.strerror}") from error
+        except sqlite3.Error as error:
+            raise SpoolError(f"the catalog cannot be read or written: {error}") from error
 
     return run
 

@@ -15,7 +15,7 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ from mpserverd.storer.repair_salvage import KnownSegment, Salvaged, salvage
 from mpserverd.storer.repair_scan import Scanned, scan
 from mpserverd.storer.segment_file import rename_aside, segment_name
 from mpserverd.streams.sidecar import Identity
+from mpserverd.streams.text import counted
 
 _COPY_BYTES = 1 << 20
 
@@ -58,7 +59,8 @@ class StreamReport:
 
 @dataclass
 class Report:
-    """``fine``: nothing is missing and nothing was left out. ``catalog_fault``: why the old one was not believed."""
+    """``fine``: nothing is missing and nothing was left out. ``catalog_fault``: why the old one was not believed.
+    ``uncompared_segments`` have a checksum that was not asked for."""
 
     changed: bool = False
     catalog_fault: str = ""
@@ -67,6 +69,7 @@ class Report:
     left_out: list[str] = field(default_factory=list)
     set_aside: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    uncompared_segments: int = 0
 
     @property
     def lost_bytes(self) -> int:
@@ -103,10 +106,12 @@ class _Repair:
 
     def run(self) -> Report:
         rebuilt = [(found, judged) for found, judged in self._judge_all()]
-        rebuilt += self._without_directory({judged.record.id for _, judged in rebuilt})
+        rebuilt += self._without_directory([judged.record for _, judged in rebuilt])
         report = self._report
         report.changed = bool(self._old.fault or self._moves or any(judged.changed for _, judged in rebuilt))
         report.streams = [_stream_report(judged) for _, judged in rebuilt]
+        if not self._wishes.checksums:
+            report.uncompared_segments = sum(bool(row.sha256) for _, judged in rebuilt for row in judged.segments)
         if not report.changed:
             return report
         self._write_catalog([judged for _, judged in rebuilt])
@@ -194,14 +199,18 @@ class _Repair:
                 bad.append(segment.first)
         return bad
 
-    def _without_directory(self, seen: set[int]) -> list[tuple[Scanned | None, Rebuilt]]:
-        """Streams that the old catalog knows and that have no directory any more keep their offsets, as a hole."""
+    def _without_directory(self, found_ones: Sequence[StreamRecord]) -> list[tuple[Scanned | None, Rebuilt]]:
+        """Streams that the old catalog knows and that have no directory any more keep their offsets, as a hole. One
+        whose directory is another stream's now gets a name that is free; it is made when the stream goes on."""
+        epochs, taken = ({getattr(record, name) for record in found_ones} for name in ("epoch", "directory"))
         result: list[tuple[Scanned | None, Rebuilt]] = []
         for record in self._old.streams.values():
             path = os.path.join(self._streams, record.directory)
-            if record.id in seen or os.path.isdir(path) or not record.durable:
+            is_anothers = record.directory in taken
+            if record.epoch in epochs or not (is_anothers or (record.durable and not os.path.isdir(path))):
                 continue
-            found = Scanned(record.directory, path)
+            name = f"{record.directory}@{record.epoch}" if is_anothers else record.directory
+            found = Scanned(name, os.path.join(self._streams, name))
             judged = judge(found, identity_of_record(record), self._known(record))
             if judged.lost_bytes:
                 judged.notes.insert(0, f"its directory {path} is missing")
@@ -219,13 +228,18 @@ class _Repair:
         catalog = Catalog(self._place, durable=True)
         try:
             with catalog.transaction():
-                for judged in _in_order(rebuilt):
-                    if judged.changed or not self._old.whole:
-                        _restore(catalog, judged)
+                known = {record.epoch: record.id for record in self._old.streams.values()}
+                anew = [judged for judged in _in_order(rebuilt, known) if judged.changed or not self._old.whole]
+                for judged in anew:  # all of them first: two may have swapped what only one can have
+                    if judged.record.epoch in known:
+                        catalog.remove_stream(known[judged.record.epoch])
+                for judged in anew:
+                    _restore(catalog, judged)
                 if not self._old.whole:
                     catalog.add_totals(sorted(self._old.totals.items()))
                     if not self._old.totals:
                         self._report.notes.append("totals of streams that are gone are not known: they begin at 0")
+                    self._note_lost_checksums(rebuilt)
                     catalog.set_meta([(CLOSED_KEY, "1")])  # who is connected is not known: nobody
                 if cut:
                     catalog.add_totals([(CUT_TOTAL, cut)])
@@ -233,6 +247,12 @@ class _Repair:
         finally:
             catalog.close()
         self._dress(os.path.join(self._place, CATALOG_FILE))
+
+    def _note_lost_checksums(self, rebuilt: list[Rebuilt]) -> None:
+        bare = sum(row.state == "sealed" and not row.sha256 for judged in rebuilt for row in judged.segments)
+        if bare:
+            text = f"no checksum any more: {counted(bare, 'sealed segment')}; it is made anew of what is there now"
+            self._report.notes.append(f"{text}, flipped bits included")
 
     def _dress(self, path: str) -> None:
         """Durable, and the daemon's, whoever repairs."""
@@ -260,12 +280,12 @@ class _Repair:
 
     def _cut(self, found: Scanned, judged: Rebuilt) -> None:
         assert judged.cut_at is not None
-        first, length = judged.cut_at
+        first, length, tail_bytes = judged.cut_at
         path = os.path.join(found.path, segment_name(first))
-        if judged.cut_bytes:
-            tail = os.path.join(found.path, f"{first + length:020d}.tail.aside")
-            _copy_tail(path, length, judged.cut_bytes, tail)
-            self._report.set_aside.append(tail)
+        if tail_bytes:
+            tail = os.path.join(found.path, f"{first + length:020d}.tail")
+            self._report.set_aside.append(_copy_tail(path, length, tail_bytes, tail))
+            filesystem.sync_directory(found.path)
         os.truncate(path, length)
 
     def _set_aside(self, path: str) -> None:
@@ -274,18 +294,22 @@ class _Repair:
 
 
 def _restore(catalog: Catalog, judged: Rebuilt) -> None:
-    record = judged.record
-    catalog.remove_stream(record.id)
-    number = catalog.restore_stream(record, judged.updated_unix_ns)
+    number = catalog.restore_stream(judged.record, judged.updated_unix_ns)
     catalog.restore_segments(
         (number, row.first, row.end, row.state, row.sha256, row.closed_unix_ns or None) for row in judged.segments
     )
     catalog.add_holes((number, first, end, kind) for first, end, kind in judged.holes)
 
 
-def _in_order(rebuilt: list[Rebuilt]) -> list[Rebuilt]:
-    """The youngest epoch of a name is the one with the highest number; those without a number were made last."""
-    return sorted(rebuilt, key=lambda judged: (not judged.record.id, judged.record.id, judged.record.created_unix_ns))
+def _in_order(rebuilt: list[Rebuilt], known: Container[str]) -> list[Rebuilt]:
+    """The youngest epoch of a name is the one with the highest number. Those of the old catalog keep theirs; those
+    without a number were made last."""
+
+    def place(judged: Rebuilt) -> tuple[bool, bool, int, int]:
+        record = judged.record
+        return record.epoch not in known, not record.id, record.id, record.created_unix_ns
+
+    return sorted(rebuilt, key=place)
 
 
 def _stream_report(judged: Rebuilt) -> StreamReport:
@@ -305,7 +329,8 @@ def _digest(path: str, length: int) -> str:
     return digest.hexdigest()
 
 
-def _copy_tail(path: str, first: int, length: int, target: str) -> None:
+def _copy_tail(path: str, first: int, length: int, target: str) -> str:
+    """Returns the name that it got; what a killed repair left under ``target`` is the same bytes, or some of them."""
     with open(path, "rb") as source, open(target, "wb") as file:
         source.seek(first)
         while length > 0 and (piece := source.read(min(_COPY_BYTES, length))):
@@ -313,6 +338,7 @@ def _copy_tail(path: str, first: int, length: int, target: str) -> None:
             length -= len(piece)
         file.flush()
         os.fsync(file.fileno())
+    return rename_aside(target)
 
 
 __all__ = ["KnownSegment", "Report", "Wishes", "repair"]

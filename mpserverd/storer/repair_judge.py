@@ -42,7 +42,7 @@ class Known:
 
 @dataclass
 class Rebuilt:
-    """A stream as it will be in the catalog. ``cut_at`` (first, length): its last file is to be cut.
+    """A stream as it will be in the catalog. ``cut_at`` (first, length, bytes written behind): its last file is cut.
 
     ``aside`` are names in its directory. ``notes`` are for people. ``changed``: the old catalog says something else.
     """
@@ -53,7 +53,7 @@ class Rebuilt:
     holes: list[HoleRow]
     notes: list[str] = field(default_factory=list)
     aside: list[str] = field(default_factory=list)
-    cut_at: tuple[int, int] | None = None
+    cut_at: tuple[int, int, int] | None = None
     lost_bytes: int = 0
     cut_bytes: int = 0
     changed: bool = False
@@ -247,7 +247,7 @@ class _Judging:
             at = max(at, stop)
         return [*found, (at, end, LOST)] if at < end else found
 
-    def _cut(self, segments: Sequence[KnownSegment]) -> tuple[int, int] | None:
+    def _cut(self, segments: Sequence[KnownSegment]) -> tuple[int, int, int] | None:
         """The last file ends with the stream, so that what lies behind is never taken for packets."""
         if not segments:
             return None
@@ -255,8 +255,9 @@ class _Judging:
         length = self._end - last.first
         if last.size <= length:
             return None
-        self._cut_bytes += written_end(self._found, self._end, last.first + last.size) - self._end
-        return last.first, length
+        behind = written_end(self._found, self._end, last.first + last.size) - self._end
+        self._cut_bytes += behind
+        return last.first, length, behind
 
     # -- its row
 

@@ -1,0 +1,251 @@
+"""A spool is made whole again from its files: nothing is deleted, and what is missing is said."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import pathlib
+import shutil
+from collections.abc import Callable
+
+import pytest
+
+from mpserverd.cli.spool_commands import COMMANDS, add_parsers
+from mpserverd.storer import repair as repair_module
+from mpserverd.storer import repair_swap
+from mpserverd.storer.repair import Wishes, repair
+from tests.unit.storer.made_spool import BLOCK, Made, MadeSpool, files_of, without
+
+
+@pytest.fixture
+def spool(tmp_path: pathlib.Path) -> MadeSpool:
+    return MadeSpool(tmp_path / "spool")
+
+
+@pytest.fixture
+def made(spool: MadeSpool) -> Made:
+    """Segments of 2, 2 and 2 blocks; the last is open."""
+    return spool.add("press-7", 6 * BLOCK, cuts=[2 * BLOCK, 4 * BLOCK])
+
+
+def said(spool: MadeSpool, *words: str, code: int = 0) -> str:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_parsers(parser.add_subparsers(dest="command"))
+    args = parser.parse_args(["repair", *words, "--spool", str(spool.path)])
+    out = io.StringIO()
+    assert COMMANDS["repair"](args, out) == code, out.getvalue()
+    return out.getvalue()
+
+
+def flip(path: pathlib.Path, at: int = 100) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def swap(one: pathlib.Path, other: pathlib.Path) -> None:
+    between = one.with_name("between")
+    one.rename(between)
+    other.rename(one)
+    between.rename(other)
+
+
+# --- segments
+
+
+def test_a_sound_spool_is_left_as_it_is(spool: MadeSpool, made: Made) -> None:
+    before = {path: path.stat().st_mtime_ns for path in spool.path.rglob("*") if path.is_file()}
+    report = repair(str(spool.path), Wishes(checksums=True))
+    assert report.fine and not report.changed
+    assert before == {path: path.stat().st_mtime_ns for path in spool.path.rglob("*") if path.is_file()}
+    spool.assert_whole(made)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_missing_segment_becomes_a_hole_and_the_rest_stays(spool: MadeSpool, made: Made, number: int) -> None:
+    first = made.firsts[number]
+    made.segment(first).unlink()
+    report = repair(str(spool.path))
+    assert (report.fine, report.lost_bytes) == (False, 2 * BLOCK)
+    assert spool.holes(made) == [(first, first + 2 * BLOCK, "lost")]
+    assert spool.stored()["press-7"].content == without(made.content, (first, first + 2 * BLOCK))
+    assert not repair(str(spool.path)).changed
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_of_a_short_segment_what_is_there_is_kept(spool: MadeSpool, made: Made, number: int) -> None:
+    first = made.firsts[number]
+    os.truncate(made.segment(first), BLOCK)
+    report = repair(str(spool.path))
+    assert report.lost_bytes == BLOCK
+    assert "is short" in "".join(report.streams[0].notes)
+    assert spool.holes(made) == [(first + BLOCK, first + 2 * BLOCK, "lost")]
+    assert spool.stored()["press-7"].content == without(made.content, (first + BLOCK, first + 2 * BLOCK))
+    assert not repair(str(spool.path)).changed
+
+
+def test_flipped_bits_are_found_with_checksums_only_and_that_is_said(spool: MadeSpool, made: Made) -> None:
+    flip(made.segment(2 * BLOCK))
+    assert "not compared with their checksums: 2 segments; mpserverctl repair --checksums does that" in said(spool)
+    text = said(spool, "--checksums", code=1)
+    assert f"segment {2 * BLOCK} had other content than when it was sealed: set aside" in text
+    assert "not compared" not in text
+    assert made.segment(2 * BLOCK).with_suffix(".seg.aside").exists()
+    assert spool.stored()["press-7"].content == without(made.content, (2 * BLOCK, 4 * BLOCK))
+    assert "nothing to repair" in said(spool, "--checksums")
+
+
+def test_swapped_segments_are_both_set_aside(spool: MadeSpool, made: Made) -> None:
+    swap(made.segment(0), made.segment(2 * BLOCK))
+    report = repair(str(spool.path), Wishes(checksums=True))
+    assert report.lost_bytes == 4 * BLOCK
+    assert spool.stored()["press-7"].content == made.content[4 * BLOCK :]
+
+
+# --- directories
+
+
+def test_two_directories_that_were_swapped_keep_their_streams(spool: MadeSpool, made: Made) -> None:
+    other = spool.add("lathe", 3 * BLOCK, seed=2)
+    swap(made.directory, other.directory)
+    assert repair(str(spool.path)).fine
+    spool.assert_whole(made, other)
+    assert not repair(str(spool.path)).changed
+
+
+def test_a_stream_whose_directory_another_one_has_now_keeps_its_offsets(spool: MadeSpool, made: Made) -> None:
+    other = spool.add("lathe", 3 * BLOCK, seed=2)
+    shutil.rmtree(other.directory)
+    made.directory.rename(other.directory)
+    assert repair(str(spool.path)).lost_bytes == 3 * BLOCK
+    found = spool.stored()
+    assert (found["press-7"].content, found["lathe"].durable) == (made.content, 3 * BLOCK)
+    assert spool.holes(other) == [(0, 3 * BLOCK, "lost")]
+    assert not repair(str(spool.path)).changed
+
+
+def test_a_directory_of_another_spool_takes_nobodys_number(
+    spool: MadeSpool, made: Made, tmp_path: pathlib.Path
+) -> None:
+    stranger = MadeSpool(tmp_path / "other").add("lathe", 3 * BLOCK, seed=2)
+    assert stranger.record.id == made.record.id
+    shutil.copytree(stranger.directory, spool.streams / "lathe")
+    assert repair(str(spool.path)).fine
+    spool.assert_whole(made, stranger)
+    assert spool.ask("SELECT id FROM stream WHERE name = 'press-7'") == [(made.record.id,)]
+
+
+def test_a_copy_of_a_directory_is_set_aside(spool: MadeSpool, made: Made) -> None:
+    shutil.copytree(made.directory, spool.streams / "copy")
+    assert not repair(str(spool.path)).fine
+    spool.assert_whole(made)
+    assert files_of(spool.streams) == ["copy.aside", "press-7"]
+
+
+# --- without a catalog
+
+
+def test_without_a_catalog_all_is_there_and_lost_checksums_are_said(spool: MadeSpool, made: Made) -> None:
+    spool.lose_catalog()
+    text = said(spool)
+    assert "no checksum any more: 2 sealed segments" in text
+    spool.assert_whole(made)
+    assert "not compared" not in said(spool), "there is nothing to compare with"
+
+
+def test_packet_size_is_asked_for_where_nothing_says_it(spool: MadeSpool, made: Made) -> None:
+    spool.lose_catalog()
+    (made.directory / "stream.json").unlink()
+    assert "nothing says how large their packets are; give --packet-size" in said(spool, code=1)
+    assert not spool.stored()
+    assert len(list(made.directory.glob("*.seg"))) == len(made.firsts)
+    assert "name and packet size are guessed" in said(spool, "--packet-size", "16")
+    (stream,) = spool.stored().values()
+    assert (stream.name, stream.packet_size, stream.content) == ("press-7", 16, made.content)
+    assert not repair(str(spool.path)).changed
+
+
+# --- what is cut
+
+
+def test_bytes_behind_the_end_are_kept_each_time(spool: MadeSpool, made: Made) -> None:
+    """Two cuts at one end: the second tail does not replace the first."""
+    for tail in (b"a" * 100, b"b" * 50):
+        with made.segment(4 * BLOCK).open("r+b") as file:
+            file.seek(2 * BLOCK)
+            file.write(tail)
+        (made.directory / f"{0:020d}.holes").write_bytes(b"\xff" * 24)  # something to repair
+        report = repair(str(spool.path))
+        assert report.streams[0].cut_bytes == len(tail)
+        spool.assert_whole(made)
+    tails = sorted(made.directory.glob("*.tail*"))
+    assert [path.name for path in tails] == [f"{6 * BLOCK:020d}.tail.2.aside", f"{6 * BLOCK:020d}.tail.aside"]
+    assert [path.read_bytes() for path in tails] == [b"b" * 50, b"a" * 100]
+
+
+# --- killed midway
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL at the place where it is raised."""
+
+
+def lose_all(spool: MadeSpool, _: Made) -> None:
+    spool.lose_catalog()
+
+
+def write_over_the_catalog(spool: MadeSpool, _: Made) -> None:
+    (spool.path / "catalog.sqlite").write_bytes(b"garbage" * 1000)
+
+
+def write_behind_the_end(spool: MadeSpool, made: Made) -> None:
+    write_over_the_catalog(spool, made)
+    with made.segment(4 * BLOCK).open("r+b") as file:
+        file.seek(3 * BLOCK + 8)
+        file.write(b"x" * 8)
+
+
+STEPS = [
+    (repair_module, "_copy_tail"),
+    (repair_module.os, "truncate"),
+    (repair_module.filesystem, "sync_directory"),
+    (repair_module.repair_swap, "swap"),
+    (repair_swap, "_rename"),
+    (repair_swap.os, "rename"),
+]
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize(("owner", "method"), STEPS, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize("damage", [lose_all, write_over_the_catalog, write_behind_the_end])
+def test_a_repair_that_is_killed_is_mended_by_the_next(
+    spool: MadeSpool,
+    made: Made,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[MadeSpool, Made], None],
+    owner: object,
+    method: str,
+    after: bool,
+) -> None:
+    other = spool.add("peer", 3 * BLOCK, seed=2, named=False)
+    damage(spool, made)
+    real = getattr(owner, method)
+
+    def dying(*arguments: object, **keywords: object) -> object:
+        if after:
+            real(*arguments, **keywords)
+        raise Killed
+
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, method, dying)
+            patch.setattr(repair_swap, "end", lambda _place: None)
+            with contextlib.suppress(Killed):
+                repair(str(spool.path))
+    report = repair(str(spool.path))
+    assert report.fine
+    spool.assert_whole(made, other)
+    assert not repair(str(spool.path)).changed
+    assert not (spool.path / ".repair").exists()
