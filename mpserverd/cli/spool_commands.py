@@ -27,14 +27,22 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mpserverd.cli import repair_command
-from mpserverd.cli.spool_output import check_lines, export_line, print_items, print_raw, stream_lines, total_line
-from mpserverd.errors import SpoolError, UsageError
+from mpserverd.cli.spool_output import (
+    check_lines,
+    export_line,
+    print_items,
+    print_raw,
+    stream_lines,
+    verify_lines,
+)
+from mpserverd.errors import DamageError, SpoolError, UsageError
 from mpserverd.streams.catalog_view import StreamSnapshot, all_streams, find_stream
 from mpserverd.streams.export import FORMATS, export_file, export_packets
 from mpserverd.streams.listing import list_streams
 from mpserverd.streams.reader import DEFAULT_SPOOL, Stream, open_stream
 from mpserverd.streams.times import TIME_HELP, parse_time
-from mpserverd.streams.verify import verify_streams
+from mpserverd.streams.verify import StreamCheck, repair_step, verify_streams
+from mpserverd.streams.verify_spool import check_catalog_pages, check_directories, list_directories
 
 Command = Callable[[argparse.Namespace, TextIO], int]
 
@@ -191,25 +199,34 @@ def export_command(args: argparse.Namespace, out: TextIO) -> int:
 
 def verify_command(args: argparse.Namespace, out: TextIO) -> int:
     spool = _spool(args)
-    wanted: Sequence[StreamSnapshot] = [find_stream(spool, name) for name in args.streams]
-    checks = []
-    for check in verify_streams(spool, wanted if args.streams else all_streams(spool, all_epochs=True), args.jobs):
-        checks.append(check)
-        if not _wants_json(args):
-            out.writelines(f"{line}\n" for line in check_lines(check))
+    directories = list_directories(spool)
+    around: list[str] = []
+    checks: list[StreamCheck] = []
+    try:
+        around += check_catalog_pages(spool)
+        wanted: Sequence[StreamSnapshot] = [find_stream(spool, name) for name in args.streams]
+        for check in verify_streams(spool, wanted if args.streams else all_streams(spool, all_epochs=True), args.jobs):
+            checks.append(check)
+            if not _wants_json(args):
+                out.writelines(f"{line}\n" for line in check_lines(check))
+        if not args.streams:
+            around += check_directories(spool, directories)
+    except DamageError as error:  # the catalog is in no state to be asked
+        around = around or [str(error)]
     totals = {
         "streams": len(checks),
         "streams_damaged": sum(not check.fine for check in checks),
-        "findings": sum(len(check.findings) for check in checks),
+        "findings": len(around) + sum(len(check.findings) for check in checks),
         "checked_bytes": sum(check.checked_bytes for check in checks),
         "unchecked_bytes": sum(check.unchecked_bytes for check in checks),
     }
     fine = totals["findings"] == 0
+    next_step = "" if fine else repair_step(checks)
     if _wants_json(args):
-        report = {"fine": fine, "totals": totals, "streams": [check.as_json() for check in checks]}
-        print(json.dumps(report, indent=2), file=out)
+        report = {"fine": fine, "totals": totals, "findings": around, "next_step": next_step}
+        print(json.dumps({**report, "streams": [check.as_json() for check in checks]}, indent=2), file=out)
     else:
-        print(total_line(totals), file=out)
+        out.writelines(f"{line}\n" for line in verify_lines(around, totals, next_step))
     return 0 if fine else 1
 
 

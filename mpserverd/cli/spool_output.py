@@ -101,9 +101,17 @@ def check_lines(check: StreamCheck) -> Iterator[str]:
     yield from (f"  {finding}" for finding in check.findings)
 
 
-def total_line(totals: dict[str, int]) -> str:
+def verify_lines(around: Sequence[str], totals: dict[str, int], next_step: str) -> Iterator[str]:
+    """What comes after the streams: findings that are of none of them, the sum, and what to do."""
+    if around:
+        yield "the spool itself: DAMAGED"
+        yield from (f"  {finding}" for finding in around)
     line = f"{counted(totals['streams'], 'stream')}: {human_bytes(totals['checked_bytes'])} match their checksums, "
     line += f"{human_bytes(totals['unchecked_bytes'])} could not be compared (no checksum yet); "
-    if totals["findings"]:
-        return line + f"{counted(totals['findings'], 'finding')} in {counted(totals['streams_damaged'], 'stream')}"
-    return line + "nothing is wrong"
+    if not totals["findings"]:
+        yield line + "nothing is wrong"
+        return
+    where = [counted(totals["streams_damaged"], "stream")] if totals["streams_damaged"] else []
+    where += ["the spool itself"] if around else []
+    yield line + f"{counted(totals['findings'], 'finding')} in {' and '.join(where)}"
+    yield f"next: {next_step}"

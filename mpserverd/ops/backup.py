@@ -25,16 +25,9 @@ from typing import Any
 from mpserverd.errors import MpserverdError, SpoolError, UsageError
 from mpserverd.ops import backup_catalog
 from mpserverd.ops.copying import PART_SUFFIX, copy_file, same_owner, sync_directory
-from mpserverd.streams.catalog_file import CATALOG_FILE
-from mpserverd.streams.catalog_view import (
-    STREAMS_DIRECTORY,
-    Segment,
-    StreamSnapshot,
-    all_streams,
-    find_stream,
-    stream_by_id,
-)
-from mpserverd.streams.times import iso_utc
+from mpserverd.streams.catalog_file import CATALOG_FILE, STREAMS_DIRECTORY
+from mpserverd.streams.catalog_view import Segment, StreamSnapshot, all_streams, find_stream, stream_by_id
+from mpserverd.streams.times import index_bytes, iso_utc
 from mpserverd.streams.verify import verify_streams
 
 MARKER_FILE = "backup.json"
@@ -240,7 +233,8 @@ class _Copy:
                 count.copied_bytes += copy_file(source / segment.file_name, target / segment.file_name, length)
                 count.segments += 1
                 with contextlib.suppress(FileNotFoundError):  # a stream may have none yet
-                    copy_file(source / segment.index_name, target / segment.index_name, None)
+                    index = source / segment.index_name  # more of it would prove that the copied catalog is too old
+                    copy_file(index, target / segment.index_name, index_bytes(index, stream.row.durable))
         sync_directory(target)
 
     def _is_kept(self, stream: StreamSnapshot, segment: Segment) -> bool:

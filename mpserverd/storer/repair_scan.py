@@ -12,9 +12,8 @@ from pathlib import Path
 
 from mpserverd.storer.index_tail import read_tail
 from mpserverd.storer.tails import in_one_piece, last_written
-from mpserverd.streams.catalog_view import Segment
 from mpserverd.streams.sidecar import HoleRow, Identity, holes_name, read_holes, read_identity
-from mpserverd.streams.verify import check_index
+from mpserverd.streams.verify_spool import check_index
 
 _SEG = ".seg"
 
@@ -86,7 +85,7 @@ def _add_segment(found: Scanned, name: str, first: int) -> None:
 
 
 def _add_index(found: Scanned, name: str, first: int) -> None:
-    faults = list(check_index(Path(found.path, name), Segment(first, None, "open", None)))
+    faults = list(check_index(Path(found.path, name), first))
     if faults:
         found.faults.append(f"{name} makes no sense: the times of its packets are not known")
         found.aside.append(name)

@@ -28,9 +28,12 @@ from typing import TypeVar
 from urllib.parse import quote
 
 from mpserverd.errors import DamageError, LayoutError, SpoolError
+from mpserverd.streams.sidecar import is_stream_directory
 
 CATALOG_FILE = "catalog.sqlite"
+STREAMS_DIRECTORY = "streams"
 LAYOUT_VERSION = "1"
+NEXT_STEP = "stop the daemon and run mpserverctl repair"
 BUSY_TIMEOUT_S = 2.0
 """How long SQLite itself waits for a lock."""
 ATTEMPTS_MAX = 20
@@ -79,6 +82,8 @@ def _require(spool: Path, catalog: Path) -> None:
         with catalog.open("rb"):
             pass
     except FileNotFoundError:
+        if found := _a_stream(spool):
+            raise DamageError(f"{catalog} is missing, but there are streams, such as {found}; {NEXT_STEP}") from None
         if spool.is_dir():
             raise SpoolError(f"{spool} is not a spool: there is no {CATALOG_FILE} in it") from None
         raise SpoolError(f"there is no spool at {spool}; name one with --spool PATH") from None
@@ -90,10 +95,22 @@ def _require(spool: Path, catalog: Path) -> None:
         raise SpoolError(f"cannot read {catalog}: {error.strerror}") from error
 
 
+def _a_stream(spool: Path) -> str:
+    try:
+        return next((str(path) for path in (spool / STREAMS_DIRECTORY).iterdir() if is_stream_directory(str(path))), "")
+    except OSError:
+        return ""
+
+
 def _ask_once(catalog: Path, question: Question[T]) -> T:
     if _wal_bytes(catalog) == 0:
         before = _fingerprint(catalog)
-        answer = _ask_connection(_uri(catalog, "immutable=1"), question)
+        try:
+            answer = _ask_connection(_uri(catalog, "immutable=1"), question)
+        except sqlite3.DatabaseError:
+            if _wal_bytes(catalog) or _fingerprint(catalog) != before:
+                raise _ChangedMeanwhileError from None
+            raise
         if _wal_bytes(catalog) or _fingerprint(catalog) != before:
             raise _ChangedMeanwhileError
         return answer
@@ -169,5 +186,5 @@ def _passes_by_itself(error: sqlite3.OperationalError) -> bool:
 def _explained(catalog: Path, error: sqlite3.DatabaseError) -> SpoolError:
     text = str(error)
     if text.startswith(("no such table", "no such column")):
-        return DamageError(f"{catalog} is not a catalog of mpserverd ({text})")
-    return DamageError(f"{catalog} cannot be read: {text}")
+        return DamageError(f"{catalog} is not a catalog of mpserverd ({text}); {NEXT_STEP}")
+    return DamageError(f"{catalog} cannot be read: {text}; {NEXT_STEP}")

@@ -22,7 +22,6 @@ from mpserverd.errors import DamageError, StreamNotFoundError
 from mpserverd.protocol.layout import PacketLayout
 from mpserverd.streams.catalog_file import ask
 
-STREAMS_DIRECTORY = "streams"
 EPOCH = re.compile(r"[0-9a-f]{16}")
 STREAM_COLUMNS = (
     "id, name, epoch, directory, packet_size, layout, created_unix_ns, updated_unix_ns, connected, first_offset, "

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mpserverd.errors import DamageError
-from mpserverd.streams.catalog_view import STREAMS_DIRECTORY, StreamRow, StreamSnapshot, all_streams
+from mpserverd.streams.catalog_file import STREAMS_DIRECTORY
+from mpserverd.streams.catalog_view import StreamRow, StreamSnapshot, all_streams
 from mpserverd.streams.extents import stored_bytes
 from mpserverd.streams.times import iso_utc
 

@@ -26,7 +26,8 @@ import numpy.typing as npt
 
 from mpserverd.errors import DamageError, SpoolError, StreamNotFoundError
 from mpserverd.protocol.layout import PacketLayout
-from mpserverd.streams.catalog_view import STREAMS_DIRECTORY, Hole, StreamRow, StreamSnapshot, find_stream, stream_by_id
+from mpserverd.streams.catalog_file import STREAMS_DIRECTORY
+from mpserverd.streams.catalog_view import Hole, StreamRow, StreamSnapshot, find_stream, stream_by_id
 from mpserverd.streams.extents import Extent, find_run, split_at_holes, stored_bytes, whole_packets
 from mpserverd.streams.segment_files import SegmentFiles
 from mpserverd.streams.times import index_at

@@ -21,6 +21,8 @@ from struct import Struct
 from mpserverd.limits import PACKET_BYTES_MAX, STREAM_NAME_BYTES_MAX
 
 IDENTITY_FILE = "stream.json"
+RETIRED_FILE = "stream.retired"
+"""What the identity is called when retention gave up all of the stream: such a directory is about to go."""
 IDENTITY_VERSION = 1
 IDENTITY_BYTES_MAX = 1 << 20
 HOLE_ENTRY = Struct("<QQQ")

@@ -89,3 +89,11 @@ def read_index(path: Path, durable: int | None) -> npt.NDArray[np.void]:
     entries = np.frombuffer(content, INDEX_ENTRY, len(content) // INDEX_ENTRY.itemsize)
     entries = entries[entries["unix_ns"] > 0]
     return entries if durable is None else entries[entries["offset"] <= durable]
+
+
+def index_bytes(path: Path, durable: int) -> int:
+    """Length of the part of an index file that says nothing of what is behind ``durable``. Raises OSError."""
+    content = path.read_bytes()
+    entries = np.frombuffer(content, INDEX_ENTRY, len(content) // INDEX_ENTRY.itemsize)
+    behind = np.flatnonzero(entries["offset"] > durable)
+    return INDEX_ENTRY.itemsize * int(behind[0] if len(behind) else len(entries))

@@ -1,9 +1,10 @@
 """Holds the files of a spool against its catalog, without changing either.
 
 For each stream: the segments cover everything from the first offset to the durable one, but for the holes that the
-catalog lists; each file is there, long enough, readable, and, once sealed, has the checksum of its content; the time
-index rises. What has no checksum yet (the segment being written, one that was set aside) is read but cannot be
-compared, and is reported as such. Works beside a running daemon: what retention took away meanwhile is no finding.
+catalog lists; each file is there, long enough, readable, and, once sealed, has the checksum of its content. What has no
+checksum yet (the segment being written, one that was set aside) is read but cannot be compared, and is reported as
+such. What lies around the content is ``verify_spool.py``'s. Works beside a running daemon: what retention took away
+meanwhile is no finding.
 
 It repairs nothing, and says nothing about accounts; that is ``mpserverctl ledger``.
 """
@@ -21,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from mpserverd.errors import DamageError
-from mpserverd.limits import SEGMENT_BYTES_MAX
-from mpserverd.streams.catalog_view import STREAMS_DIRECTORY, Segment, StreamSnapshot, stream_by_id
+from mpserverd.streams.catalog_file import STREAMS_DIRECTORY
+from mpserverd.streams.catalog_view import Segment, StreamSnapshot, stream_by_id
 from mpserverd.streams.extents import Extent, split_at_holes
-from mpserverd.streams.times import read_index
+from mpserverd.streams.verify_spool import check_directory, check_index, unreadable
 
 READ_BYTES = 1 << 20
 AHEAD_SEGMENTS_PER_JOB = 4
@@ -33,19 +34,20 @@ STATES = ("open", "sealed", "aside")
 
 @dataclass
 class SegmentCheck:
-    """What one file said. ``absent``: no file, which retention may explain."""
+    """What one file said. ``absent``: no file, which retention may explain. ``other``: not what was sealed."""
 
     segment: Segment
     findings: list[str] = field(default_factory=list)
     checked_bytes: int = 0
     unchecked_bytes: int = 0
     absent: bool = False
+    other: bool = False
 
 
 @dataclass
 class StreamCheck:
     """What was found about one stream. ``checked_bytes`` were compared with a checksum, ``unchecked_bytes`` only
-    read."""
+    read. ``other_content``: segments that are not what was sealed."""
 
     name: str
     epoch: str
@@ -54,6 +56,7 @@ class StreamCheck:
     unchecked_bytes: int = 0
     holes: int = 0
     hole_bytes: int = 0
+    other_content: int = 0
     retired_meanwhile: bool = False
     findings: list[str] = field(default_factory=list)
 
@@ -67,15 +70,16 @@ class StreamCheck:
 
 def verify_streams(spool: Path, snapshots: Sequence[StreamSnapshot], jobs: int) -> Iterator[StreamCheck]:
     """Check streams in order, reading ``jobs`` files at a time."""
-    waiting: deque[tuple[StreamSnapshot, list[Future[SegmentCheck]]]] = deque()
+    waiting: deque[tuple[StreamSnapshot, Future[list[str]], list[Future[SegmentCheck]]]] = deque()
     with ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="verify") as pool:
         try:
             for snapshot in snapshots:
                 directory = spool / STREAMS_DIRECTORY / snapshot.row.directory
                 durable = snapshot.row.durable
+                around = pool.submit(check_directory, spool, snapshot)
                 checks = [pool.submit(check_segment, directory, segment, durable) for segment in snapshot.segments]
-                waiting.append((snapshot, checks))
-                while sum(len(futures) for _, futures in waiting) > AHEAD_SEGMENTS_PER_JOB * jobs:
+                waiting.append((snapshot, around, checks))
+                while sum(1 + len(futures) for _, _, futures in waiting) > AHEAD_SEGMENTS_PER_JOB * jobs:
                     yield _finish(spool, *waiting.popleft())
             while waiting:
                 yield _finish(spool, *waiting.popleft())
@@ -83,18 +87,28 @@ def verify_streams(spool: Path, snapshots: Sequence[StreamSnapshot], jobs: int) 
             pool.shutdown(cancel_futures=True)
 
 
-def _finish(spool: Path, snapshot: StreamSnapshot, futures: list[Future[SegmentCheck]]) -> StreamCheck:
+def repair_step(checks: Sequence[StreamCheck]) -> str:
+    """What to do when something is wrong. What has other content than it should is only looked for when asked."""
+    command = "mpserverctl repair --checksums" if any(check.other_content for check in checks) else "mpserverctl repair"
+    return f"stop the daemon and run {command}"
+
+
+def _finish(
+    spool: Path, snapshot: StreamSnapshot, around: Future[list[str]], futures: list[Future[SegmentCheck]]
+) -> StreamCheck:
     row = snapshot.row
     holes = [hole for hole in snapshot.holes if hole.end > row.first_offset]
     found = StreamCheck(row.full_name, row.epoch, len(snapshot.segments), holes=len(holes))
     found.hole_bytes = sum(hole.end - hole.first for hole in holes)
     found.findings.extend(check_catalog(snapshot))
+    found.findings.extend(around.result())
     checks = [future.result() for future in futures]
     absent = [check.segment for check in checks if check.absent]
     retired = _retired(spool, snapshot, absent) if absent else set()
     for check in checks:
         found.checked_bytes += check.checked_bytes
         found.unchecked_bytes += check.unchecked_bytes
+        found.other_content += check.other
         if check.absent and check.segment.first in retired:
             found.retired_meanwhile = True
         else:
@@ -169,37 +183,17 @@ def check_segment(directory: Path, segment: Segment, durable: int) -> SegmentChe
         check.findings.append(f"{path} is missing; it holds offsets {segment.first} to {end}")
         return check
     except OSError as error:
-        check.findings.append(f"{path} cannot be read: {error.strerror}")
+        check.findings.append(unreadable(path, error))
         return check
     if segment.state == "sealed" and segment.sha256:
         check.checked_bytes = length
         if digest != segment.sha256 and found >= length:
+            check.other = True
             check.findings.append(f"{path} has other content than when it was sealed (sha256 {digest[:16]}…)")
     else:
         check.unchecked_bytes = length
-    check.findings.extend(check_index(directory / segment.index_name, segment))
+    check.findings.extend(check_index(directory / segment.index_name, segment.first))
     return check
-
-
-def check_index(path: Path, segment: Segment) -> Iterator[str]:
-    """The time index has rising offsets from the segment's first one on.
-
-    Its end may be ahead of the catalog: it is written before the commit, and a storer that is killed between the two
-    leaves it so. Readers pass over such entries.
-    """
-    try:
-        offsets = read_index(path, None)["offset"]
-    except OSError as error:
-        yield f"{path} cannot be read: {error.strerror}"
-        return
-    if not len(offsets):
-        return
-    if (offsets[1:] < offsets[:-1]).any():
-        yield f"{path} goes back"
-    if int(offsets.min()) < segment.first:
-        yield f"{path} begins at {int(offsets.min())}, before its segment"
-    if int(offsets.max()) > segment.first + SEGMENT_BYTES_MAX:
-        yield f"{path} names offset {int(offsets.max())}, which no segment that begins at {segment.first} holds"
 
 
 def _digest(descriptor: int, length: int) -> str:

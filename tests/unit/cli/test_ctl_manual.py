@@ -148,7 +148,7 @@ def reports(tables: Tables) -> dict[str, set[str]]:
         "`reload`": {"changed", "needs_restart"},
         "`streams`": {field.name for field in dataclasses.fields(StreamInfo)},
         "`export`": {"output", "format", *(field.name for field in dataclasses.fields(ExportCount))},
-        "`verify`": {"fine", "totals", "streams"},
+        "`verify`": {"fine", "totals", "findings", "next_step", "streams"},
         "`doctor`": set(report(Site(), ())),
         "`tune`": set(tune.report([], [])),
         "`plan`": set(plan(Demand(10, 10_050, 16, 1))),

@@ -236,17 +236,45 @@ def test_verify_answers_no_when_something_is_wrong(spool: SpoolWriter) -> None:
     answer = run(spool, "verify")
     assert answer.code == 1
     assert f"  {path} has other content" in answer.text
-    assert answer.lines[-1].endswith("1 finding in 1 stream")
+    assert answer.lines[-2].endswith("1 finding in 1 stream")
+    assert answer.lines[-1] == "next: stop the daemon and run mpserverctl repair --checksums"
     report = run(spool, "verify", json=True)
     found = json.loads(report.text)
     assert (report.code, found["fine"], found["totals"]["findings"]) == (1, False, 1)
     assert [stream["fine"] for stream in found["streams"]] == [True, True, False]
+    assert [stream["other_content"] for stream in found["streams"]] == [0, 0, 1]
+    assert (found["findings"], found["next_step"]) == ([], answer.lines[-1].removeprefix("next: "))
 
 
-def test_verify_of_some_streams_leaves_the_others_alone(spool: SpoolWriter) -> None:
-    spool.segment_paths(1)[0].unlink()
-    assert run(spool, "verify", "oven", "oven@00000000000000b1", "--jobs", "1").code == 0
-    assert run(spool, "verify", "press-7").code == 1
+def test_verify_names_repair_for_what_needs_no_checksums(spool: SpoolWriter) -> None:
+    spool.segment_paths(1)[1].unlink()
+    assert run(spool, "verify").lines[-1] == "next: stop the daemon and run mpserverctl repair"
+
+
+def test_a_catalog_that_is_lost_or_garbage_is_a_finding_with_a_next_step(spool: SpoolWriter) -> None:
+    catalog = spool.path / "catalog.sqlite"
+    spool.close()
+    catalog.write_bytes(b"garbage " * 1000)
+    answer = run(spool, "verify")
+    assert (answer.code, answer.lines[0]) == (1, "the spool itself: DAMAGED")
+    assert "file is not a database" in answer.lines[1]
+    catalog.unlink()
+    answer = run(spool, "verify")
+    assert answer.code == 1
+    assert f"{catalog} is missing, but there are streams" in answer.lines[1]
+    assert answer.lines[2].endswith("1 finding in the spool itself")
+    assert answer.lines[3] == "next: stop the daemon and run mpserverctl repair"
+    assert json.loads(run(spool, "verify", json=True).text)["findings"] == [answer.lines[1].strip()]
+
+
+def test_what_lies_beside_the_streams_is_a_finding_of_the_spool_unless_some_streams_are_named(
+    spool: SpoolWriter,
+) -> None:
+    (spool.path / "streams" / "stray").mkdir()
+    answer = run(spool, "verify")
+    assert (answer.code, answer.lines[-4]) == (1, "the spool itself: DAMAGED")
+    assert answer.lines[-3] == f"  {spool.path / 'streams' / 'stray'} belongs to no stream of the catalog"
+    assert run(spool, "verify", "oven").code == 0
 
 
 # --- errors

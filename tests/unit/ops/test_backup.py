@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import sqlite3
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,17 @@ def test_what_is_written_after_the_catalog_is_left_for_the_next_copy(spool: Spoo
     stream = spool.add("a", CONTENT)
     run(spool, target, after_catalog=lambda: spool.append(stream, noise(160, 2)))
     assert content_of(target, "a") == CONTENT
+
+
+def test_a_time_index_that_ran_ahead_of_the_copied_catalog_is_copied_up_to_it(spool: SpoolWriter, target: Path) -> None:
+    """A daemon that is started on a copy takes two pairs ahead of the catalog for proof of an old catalog."""
+    stream = spool.add("a", CONTENT[:160])
+    pairs = [(80, 5), (160, 6)]
+    spool.add_index(stream, 0, [*pairs, (240, 7), (320, 8)], tail=b"torn")
+    assert run(spool, target)["fine"]
+    assert (target / "streams" / "a-00000000000000a1" / f"{0:020d}.idx").read_bytes() == struct.pack(
+        "<4Q", *(value for pair in pairs for value in pair)
+    )
 
 
 def test_a_file_that_is_missing_for_good_is_damage_and_no_endless_loop(

@@ -8,11 +8,13 @@ import io
 import os
 import pathlib
 import shutil
+import sqlite3
 from collections.abc import Callable
 
 import pytest
 
 from mpserverd.cli.spool_commands import COMMANDS, add_parsers
+from mpserverd.errors import SpoolError
 from mpserverd.storer import repair as repair_module
 from mpserverd.storer import repair_swap
 from mpserverd.storer.repair import Wishes, repair
@@ -183,6 +185,25 @@ def test_bytes_behind_the_end_are_kept_each_time(spool: MadeSpool, made: Made) -
     tails = sorted(made.directory.glob("*.tail*"))
     assert [path.name for path in tails] == [f"{6 * BLOCK:020d}.tail.2.aside", f"{6 * BLOCK:020d}.tail.aside"]
     assert [path.read_bytes() for path in tails] == [b"b" * 50, b"a" * 100]
+
+
+# --- faults
+
+
+def test_a_fault_of_sqlite_is_one_line_and_changes_nothing(
+    spool: MadeSpool, made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    made.segment(0).unlink()
+    before = files_of(made.directory)
+    with monkeypatch.context() as patch:
+        patch.setattr(repair_module, "_restore", failing)
+        with pytest.raises(SpoolError, match="the catalog cannot be read or written: database or disk is full"):
+            said(spool)
+    assert before == files_of(made.directory)
+    assert repair(str(spool.path)).lost_bytes == 2 * BLOCK
 
 
 # --- killed midway

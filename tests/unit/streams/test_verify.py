@@ -91,6 +91,7 @@ def test_what_lies_behind_the_content_of_a_file_is_not_looked_at(spool: SpoolWri
 
 def test_a_range_that_no_segment_holds_is_found_unless_a_hole_explains_it(spool: SpoolWriter, cut: list[Path]) -> None:
     spool.catalog.execute("DELETE FROM segment WHERE first = 48")
+    cut[1].unlink()
     assert findings(spool) == ["no segment holds offsets 48 to 96, and no hole explains it"]
     spool.catalog.execute("INSERT INTO hole VALUES (1, 64, 96, 'lost')")
     assert findings(spool) == ["no segment holds offsets 48 to 64, and no hole explains it"]
@@ -100,6 +101,8 @@ def test_a_range_that_no_segment_holds_is_found_unless_a_hole_explains_it(spool:
 
 def test_a_range_that_is_missing_at_either_end_is_found(spool: SpoolWriter, cut: list[Path]) -> None:
     spool.catalog.execute("DELETE FROM segment WHERE first <> 48")
+    for path in (cut[0], cut[0].with_suffix(".idx"), cut[2]):
+        path.unlink()
     assert findings(spool) == [
         "no segment holds offsets 0 to 48, and no hole explains it",
         "no segment holds offsets 96 to 160, and no hole explains it",
