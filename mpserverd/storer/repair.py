@@ -17,6 +17,7 @@ import secrets
 import time
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mpserverd.errors import SpoolError
@@ -29,8 +30,9 @@ from mpserverd.storer.repair_judge import Known, Rebuilt, guessed_identity, iden
 from mpserverd.storer.repair_salvage import KnownSegment, Salvaged, salvage
 from mpserverd.storer.repair_scan import Scanned, scan
 from mpserverd.storer.segment_file import rename_aside, segment_name
-from mpserverd.streams.sidecar import Identity
+from mpserverd.streams.sidecar import RETIRED_FILE, Identity
 from mpserverd.streams.text import counted
+from mpserverd.streams.verify_spool import unreadable
 
 _COPY_BYTES = 1 << 20
 
@@ -101,8 +103,8 @@ class _Repair:
         self._streams = os.path.join(spool, STREAMS_DIRECTORY)
         self._old: Salvaged = salvage(spool, place)
         self._report = Report(catalog_fault=self._old.fault)
-        self._moves: list[tuple[str, str]] = []
-        """(path, why) of what is set aside."""
+        self._moves: list[str] = []
+        """Paths of what is set aside whole."""
 
     def run(self) -> Report:
         rebuilt = [(found, judged) for found, judged in self._judge_all()]
@@ -118,7 +120,7 @@ class _Repair:
         for found, judged in rebuilt:
             if found is not None:
                 self._mend_files(found, judged)
-        for path, _ in self._moves:
+        for path in self._moves:
             self._set_aside(path)
         filesystem.sync_directory(self._streams)
         report.catalog_aside = repair_swap.swap(
@@ -132,21 +134,27 @@ class _Repair:
         by_epoch = {record.epoch: record for record in self._old.streams.values()}
         by_directory = {record.directory: record for record in self._old.streams.values()}
         seen: set[str] = set()
-        with os.scandir(self._streams) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.endswith(".aside"))
+        names = sorted(name for name in os.listdir(self._streams) if not name.endswith(".aside"))
         names.sort(key=lambda name: name not in by_directory)  # of two with one epoch the one that is known counts
         for name in names:
+            path = os.path.join(self._streams, name)
+            if not os.path.isdir(path):
+                if name not in by_directory:
+                    self._moves.append(path)
+                continue
+            if name not in by_directory and os.path.lexists(os.path.join(path, RETIRED_FILE)):
+                continue  # the daemon was about to remove it
             try:
-                found = scan(os.path.join(self._streams, name))
+                found = scan(path)
             except OSError as error:
-                self._report.left_out.append(f"{name} cannot be read: {error.strerror}")
+                self._report.left_out.append(unreadable(Path(path), error))
                 continue
             identity = self._identify(found, by_directory.get(name))
             if identity is None:
                 continue
             if identity.epoch in seen:
                 self._report.left_out.append(f"{name} has the epoch of another directory: set aside as a copy of it")
-                self._moves.append((found.path, "copy"))
+                self._moves.append(found.path)
                 continue
             seen.add(identity.epoch)
             known = self._known(by_epoch.get(identity.epoch))
@@ -158,9 +166,7 @@ class _Repair:
         if record is not None:
             return identity_of_record(record)
         if not found.segments:
-            if not found.faults:
-                return None  # an empty directory, or nothing of ours: the daemon says so
-            self._report.left_out.append(f"{found.name}: {'; '.join(found.faults)}")
+            self._moves.append(found.path)
             return None
         if not self._wishes.packet_size:
             self._report.left_out.append(

@@ -172,6 +172,7 @@ class _Judging:
 
     def result(self) -> Rebuilt:
         segments = self._segments()
+        self._drop_orphans({segment.first for segment in segments})
         lost = self._lost(segments)
         lost_bytes = sum(end - first for first, end, _ in lost)
         if lost_bytes:
@@ -206,6 +207,12 @@ class _Judging:
             limit = there[number + 1].first if number + 1 < len(there) else self._end
             rows.append(self._row(segment, limit, is_last=number + 1 == len(there)))
         return rows
+
+    def _drop_orphans(self, firsts: set[int]) -> None:
+        """What lies beside a segment that is not there any more."""
+        for first in sorted(self._found.beside - firsts):
+            if self._first <= first < self._end:
+                self._set_aside(first)
 
     def _behind(self, segment: SegmentOnDisk) -> None:
         """Begun, and not committed when everything ended."""
@@ -295,18 +302,18 @@ class _Judging:
             return True
         old = self._known
         same_rows = list(segments) == [old.segments[first] for first in sorted(old.segments)]
-        same_holes = [h for h in merged(old.holes) if h[1] > self._first] == list(holes)
+        same_holes = [h for h in sorted(old.holes) if h[1] > self._first] == list(holes)
         if old.record is None or not same_rows or not same_holes:
             return True
         now, before = record, old.record
-        return (now.durable, now.first_offset, now.name, now.epoch, now.packet_size, now.directory) != (
-            before.durable, before.first_offset, before.name, before.epoch, before.packet_size, before.directory
-        )  # fmt: skip
+        fields = ("durable", "first_offset", "name", "epoch", "packet_size", "layout", "directory")
+        return any(getattr(now, name) != getattr(before, name) for name in fields)
 
     def _set_aside(self, first: int) -> None:
         for suffix in (".seg", ".idx", ".holes"):
-            if os.path.lexists(os.path.join(self._found.path, f"{first:020d}{suffix}")):
-                self._aside.append(f"{first:020d}{suffix}")
+            name = f"{first:020d}{suffix}"
+            if name not in self._aside and os.path.lexists(os.path.join(self._found.path, name)):
+                self._aside.append(name)
 
 
 def _bytes(holes: Sequence[HoleRow], *, lost: bool) -> int:

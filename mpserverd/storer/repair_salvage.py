@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from mpserverd.errors import LayoutError
 from mpserverd.storer.catalog import APPLICATION_ID, CATALOG_FILE, LAYOUT_VERSION, StreamRecord
 from mpserverd.streams.sidecar import OFFSET_MAX, HoleRow
+from mpserverd.streams.verify import STATES
 
 T = TypeVar("T")
 SUFFIXES = ("", "-wal", "-shm")
@@ -155,7 +156,7 @@ def _stream(row: Sequence[Any]) -> tuple[StreamRecord, int]:
 def _segment(row: Sequence[Any]) -> tuple[int, KnownSegment]:
     stream, first, end, state, sha256, closed = row
     wanted = KnownSegment(_number(first), None if end is None else _number(end), str(state), sha256, _number(closed))
-    if wanted.end is not None and wanted.end < wanted.first:
+    if wanted.state not in STATES or (wanted.end is not None and wanted.end < wanted.first):
         raise ValueError
     return _number(stream), wanted
 

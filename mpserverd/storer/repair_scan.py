@@ -1,6 +1,7 @@
 """What lies in the directory of a stream, as far as it can be read without a catalog. Nothing is changed.
 
-A file that cannot be read or makes no sense is a fault in words, and counts as not there.
+A file that cannot be read or makes no sense is a fault in words, and counts as not there; but one that only this caller
+may not read ends the work.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from pathlib import Path
 
 from mpserverd.storer.index_tail import read_tail
 from mpserverd.storer.tails import in_one_piece, last_written
-from mpserverd.streams.sidecar import HoleRow, Identity, holes_name, read_holes, read_identity
-from mpserverd.streams.verify_spool import check_index
+from mpserverd.streams.sidecar import IDENTITY_FILE, HoleRow, Identity, holes_name, read_holes, read_identity
+from mpserverd.streams.verify_spool import SEGMENT_FILE, check_index, has_a_meaning, unreadable
 
 _SEG = ".seg"
 
@@ -38,6 +39,8 @@ class Scanned:
     segments: list[SegmentOnDisk] = field(default_factory=list)
     holes: list[HoleRow] = field(default_factory=list)
     index: dict[int, list[int]] = field(default_factory=dict)
+    beside: set[int] = field(default_factory=set)
+    """First offsets of segments, there or not, that have files beside them."""
 
     def offsets(self) -> list[int]:
         """All that the time indexes name, rising, each once."""
@@ -45,7 +48,7 @@ class Scanned:
 
 
 def scan(path: str) -> Scanned:
-    """Raises OSError when the directory cannot be read."""
+    """Raises OSError when the directory cannot be read, SpoolError when the caller lacks a permission."""
     found = Scanned(os.path.basename(path), path)
     try:
         found.identity = read_identity(Path(path))
@@ -53,18 +56,14 @@ def scan(path: str) -> Scanned:
         found.faults.append(f"stream.json makes no sense: {error}")
         found.aside.append("stream.json")
     except OSError as error:
-        found.faults.append(f"stream.json cannot be read: {error.strerror}")
+        found.faults.append(unreadable(Path(path, IDENTITY_FILE), error))
     names = sorted(os.listdir(path))
-    for name in names:
-        stem, suffix = os.path.splitext(name)
-        if suffix == _SEG and stem.isdecimal() and len(stem) == 20:
-            _add_segment(found, name, int(stem))
-    for name in names:
-        stem, suffix = os.path.splitext(name)
-        if suffix == ".idx" and stem.isdecimal():
-            _add_index(found, name, int(stem))
-        elif suffix == ".holes" and stem.isdecimal():
-            _add_holes(found, name, int(stem))
+    kinds = {name: match for name in names if (match := SEGMENT_FILE.fullmatch(name))}
+    for name, match in sorted(kinds.items(), key=lambda item: item[1][2] != "seg"):
+        _ADD[match[2]](found, name, int(match[1]))
+    strangers = [name for name in names if name not in kinds and not has_a_meaning(name)]
+    found.faults += [f"{name} is of no kind that belongs here: set aside" for name in strangers]
+    found.aside += strangers
     return found
 
 
@@ -79,12 +78,14 @@ def _add_segment(found: Scanned, name: str, first: int) -> None:
         with open(path, "rb") as file:
             file.read(1)
     except OSError as error:
-        found.faults.append(f"{name} cannot be read: {error.strerror}")
+        found.faults.append(unreadable(Path(path), error))
+        found.aside.append(name)
         return
     found.segments.append(SegmentOnDisk(first, there.st_size, there.st_mtime_ns))
 
 
 def _add_index(found: Scanned, name: str, first: int) -> None:
+    found.beside.add(first)
     faults = list(check_index(Path(found.path, name), first))
     if faults:
         found.faults.append(f"{name} makes no sense: the times of its packets are not known")
@@ -94,13 +95,18 @@ def _add_index(found: Scanned, name: str, first: int) -> None:
 
 
 def _add_holes(found: Scanned, name: str, first: int) -> None:
+    found.beside.add(first)
     try:
         found.holes = merged([*found.holes, *read_holes(Path(found.path), first)])
     except ValueError as error:
         found.faults.append(f"{name} makes no sense: {error}; what was a hole there reads as zeros")
         found.aside.append(holes_name(first))
     except OSError as error:
-        found.faults.append(f"{name} cannot be read: {error.strerror}")
+        found.faults.append(unreadable(Path(found.path, name), error))
+        found.aside.append(name)
+
+
+_ADD = {"seg": _add_segment, "idx": _add_index, "holes": _add_holes}
 
 
 def merged(holes: Sequence[HoleRow]) -> list[HoleRow]:

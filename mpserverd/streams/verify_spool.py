@@ -20,8 +20,13 @@ from mpserverd.streams.catalog_view import StreamSnapshot, stream_by_id
 from mpserverd.streams.sidecar import IDENTITY_FILE, RETIRED_FILE, Identity, holes_name, read_holes, read_identity
 from mpserverd.streams.times import read_index
 
-_SEGMENT_FILE = re.compile(r"(\d{20})\.(seg|idx|holes)")
+SEGMENT_FILE = re.compile(r"(\d{20})\.(seg|idx|holes)")
 _EARLY_FILE = re.compile(r"\d{20}\.new")
+
+
+def has_a_meaning(name: str) -> bool:
+    """Whether a file of that name, in the directory of a stream, needs no row that explains it."""
+    return name in (IDENTITY_FILE, RETIRED_FILE) or name.endswith(".aside") or bool(_EARLY_FILE.fullmatch(name))
 
 
 def unreadable(path: Path, error: OSError) -> str:
@@ -89,9 +94,9 @@ def _check_names(path: Path, names: Collection[str], snapshot: StreamSnapshot) -
     neither is a fault, and segments that are made after the snapshot begin there."""
     row, listed = snapshot.row, {segment.first for segment in snapshot.segments}
     for name in names:
-        if name in (IDENTITY_FILE, RETIRED_FILE) or name.endswith(".aside") or _EARLY_FILE.fullmatch(name):
+        if has_a_meaning(name):
             continue
-        found = _SEGMENT_FILE.fullmatch(name)
+        found = SEGMENT_FILE.fullmatch(name)
         first = int(found[1]) if found else -1
         if first in listed or 0 <= first < row.first_offset or first >= row.durable:
             continue
@@ -165,7 +170,7 @@ def _check_age(spool: Path, path: Path, names: Collection[str], snapshot: Stream
     newest = max((segment.first for segment in snapshot.segments), default=0)
     offsets: set[int] = set()
     for name in names:
-        found = _SEGMENT_FILE.fullmatch(name)
+        found = SEGMENT_FILE.fullmatch(name)
         if found is None or found[2] != "idx" or int(found[1]) < newest:
             continue
         if not any(check_index(path / name, int(found[1]))):

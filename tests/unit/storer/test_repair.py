@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import builtins
 import contextlib
+import errno
 import io
 import os
 import pathlib
 import shutil
 import sqlite3
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -18,6 +21,10 @@ from mpserverd.errors import SpoolError
 from mpserverd.storer import repair as repair_module
 from mpserverd.storer import repair_swap
 from mpserverd.storer.repair import Wishes, repair
+from mpserverd.storer.segment_file import INDEX_PAIR
+from mpserverd.streams.catalog_view import all_streams
+from mpserverd.streams.verify import verify_streams
+from mpserverd.streams.verify_spool import check_catalog_pages, check_directories, list_directories
 from tests.unit.storer.made_spool import BLOCK, Made, MadeSpool, files_of, without
 
 
@@ -30,6 +37,9 @@ def spool(tmp_path: pathlib.Path) -> MadeSpool:
 def made(spool: MadeSpool) -> Made:
     """Segments of 2, 2 and 2 blocks; the last is open."""
     return spool.add("press-7", 6 * BLOCK, cuts=[2 * BLOCK, 4 * BLOCK])
+
+
+Damage = Callable[[MadeSpool, Made], object]
 
 
 def said(spool: MadeSpool, *words: str, code: int = 0) -> str:
@@ -187,7 +197,128 @@ def test_bytes_behind_the_end_are_kept_each_time(spool: MadeSpool, made: Made) -
     assert [path.read_bytes() for path in tails] == [b"b" * 50, b"a" * 100]
 
 
+# --- what verify finds
+
+
+def verified(spool: MadeSpool) -> list[str]:
+    names = list_directories(spool.path)
+    checks = verify_streams(spool.path, all_streams(spool.path, all_epochs=True), 1)
+    found = [finding for check in checks for finding in check.findings]
+    return [*check_catalog_pages(spool.path), *found, *check_directories(spool.path, names)]
+
+
+def rows(*questions: str) -> Damage:
+    def change(spool: MadeSpool, _: Made) -> None:
+        for question in questions:
+            spool.ask(question)
+
+    return change
+
+
+def a_file(name: str, content: bytes = b"") -> Damage:
+    return lambda _, made: (made.directory / name).write_bytes(content)
+
+
+def pairs_ahead(spool: MadeSpool, made: Made) -> None:
+    """An older catalog was brought back."""
+    spool.ask("UPDATE stream SET durable = ?", 5 * BLOCK)
+    pairs = [(5 * BLOCK + 16, 1), (6 * BLOCK - 16, 2), (6 * BLOCK, 3)]
+    made.index(4 * BLOCK).write_bytes(b"".join(INDEX_PAIR.pack(*pair) for pair in pairs))
+
+
+def contents(spool: MadeSpool) -> set[bytes]:
+    """Of all files of streams, without the place that is allocated behind."""
+    return {path.read_bytes().rstrip(b"\0") for path in spool.streams.rglob("*") if path.is_file()}
+
+
+HARMLESS: dict[str, Damage] = {
+    "identity": a_file("stream.json", b"garbage"),
+    "identity of another": a_file("stream.json", b"{}"),
+    "notes of holes": a_file(f"{0:020d}.holes", b"\xff" * 24),
+    "time index": lambda _, made: made.index(0).write_bytes(INDEX_PAIR.pack(4 * BLOCK, 1) + INDEX_PAIR.pack(16, 1)),
+    "a file of nobody": a_file("notes.txt"),
+    "a segment of nobody": a_file(f"{BLOCK:020d}.seg"),
+    "an index of nobody": a_file(f"{BLOCK:020d}.idx"),
+    "a file where streams are": lambda spool, _: (spool.streams / "notes.txt").write_text(""),
+    "a directory of nobody": lambda spool, _: (spool.streams / "stray").mkdir(),
+    "a directory with garbage": a_file("../stream.json", b"garbage"),
+    "an old catalog": pairs_ahead,
+    "an unknown state": rows("UPDATE segment SET state = 'x' WHERE first = 0"),
+    "no end": rows(f"UPDATE segment SET end = NULL, state = 'open' WHERE first = {2 * BLOCK}"),
+    "an overlap": rows(f"UPDATE segment SET end = {3 * BLOCK} WHERE first = 0"),
+    "a segment that is not listed": rows(f"DELETE FROM segment WHERE first = {2 * BLOCK}"),
+    "a size of packets": rows("UPDATE stream SET packet_size = 0"),
+    "a layout": rows("UPDATE stream SET layout = '{}'"),
+    "a first offset": rows("UPDATE stream SET first_offset = durable + 16"),
+}
+
+
+@pytest.mark.parametrize("damage", HARMLESS)
+def test_what_verify_finds_without_a_missing_byte_is_mended(spool: MadeSpool, made: Made, damage: str) -> None:
+    assert verified(spool) == []
+    HARMLESS[damage](spool, made)
+    assert len(verified(spool)) >= 1
+    before = contents(spool)
+    assert repair(str(spool.path)).lost_bytes == 0
+    assert verified(spool) == []
+    spool.assert_whole(made)
+    assert before <= contents(spool), "nothing is deleted"
+    assert not repair(str(spool.path)).changed
+
+
+@pytest.mark.parametrize("lost_catalog", [False, True])
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_what_is_missing_is_a_hole_that_verify_passes(
+    spool: MadeSpool, made: Made, number: int, lost_catalog: bool
+) -> None:
+    made.segment(made.firsts[number]).unlink()
+    if lost_catalog:
+        spool.lose_catalog()
+    repair(str(spool.path))
+    assert verified(spool) == []
+    assert not repair(str(spool.path)).changed
+
+
+def test_two_holes_at_one_place_become_one(spool: MadeSpool, made: Made) -> None:
+    spool.ask("INSERT INTO hole VALUES (1, 0, 64, 'lost'), (1, 32, 96, 'lost')")
+    assert verified(spool) == ["holes at 0 and 32 overlap"]
+    repair(str(spool.path))
+    assert (verified(spool), spool.holes(made)) == ([], [(0, 64, "lost"), (64, 96, "lost")])
+
+
+def test_a_directory_that_retention_was_about_to_remove_is_no_stream(spool: MadeSpool, made: Made) -> None:
+    going = spool.add("going", 3 * BLOCK, seed=2)
+    (going.directory / "stream.json").rename(going.directory / "stream.retired")
+    spool.ask("DELETE FROM segment WHERE stream = ?", going.record.id)
+    spool.ask("DELETE FROM stream WHERE id = ?", going.record.id)
+    for lost in (False, True):
+        if lost:
+            spool.lose_catalog()
+        assert repair(str(spool.path), Wishes(packet_size=16)).fine
+        spool.assert_whole(made)
+
+
 # --- faults
+
+
+def test_who_may_not_read_a_file_changes_nothing(spool: MadeSpool, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody can read is lost; what only this caller cannot read is not."""
+    real = builtins.open
+
+    def refusing(path: Any, *arguments: Any, **keywords: Any) -> Any:
+        if str(path) == str(made.segment(0)):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(path, *arguments, **keywords)
+
+    spool.lose_catalog()
+    before = files_of(made.directory)
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "open", refusing)
+        with pytest.raises(SpoolError, match="no permission to read"):
+            repair(str(spool.path))
+    assert (files_of(spool.path), files_of(made.directory)) == (["streams"], before)
+    assert repair(str(spool.path)).fine
+    spool.assert_whole(made)
 
 
 def test_a_fault_of_sqlite_is_one_line_and_changes_nothing(
@@ -245,7 +376,7 @@ def test_a_repair_that_is_killed_is_mended_by_the_next(
     spool: MadeSpool,
     made: Made,
     monkeypatch: pytest.MonkeyPatch,
-    damage: Callable[[MadeSpool, Made], None],
+    damage: Damage,
     owner: object,
     method: str,
     after: bool,
