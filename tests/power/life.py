@@ -21,6 +21,7 @@ from typing import Any
 
 from tests.integration.driver import SLOWNESS, session_pids, to_toml
 from tests.integration.oracle import stored_streams
+from tests.power import tails
 from tests.power.clients import HOST, PORT_MPS, PORT_RAW, Client, Crowd, Mark, Source
 from tests.power.disk import SPOOL, Disk, Pair
 
@@ -96,9 +97,11 @@ class Life:
         ]
         self.acked_at_start = sum(mark.acked for mark in marks)
         self.crowd = Crowd(self.clients)
+        self._tails = tails.Tails()
 
     def __enter__(self) -> Life:
         self._socket_path.unlink(missing_ok=True)  # of the one that was killed
+        self._tails = tails.look(self._spool)
         config = self._directory / "mpserverd.toml"
         config.write_text(to_toml(self.plan.settings(self._spool, self._directory)))
         with self.log_path.open("wb") as log:
@@ -222,6 +225,11 @@ class Life:
         return self.log_path.read_text(errors="replace")
 
     # -- what must be true at its end
+
+    def compare_cut(self) -> int:
+        """What the power cut left behind the durable offsets was named and counted. Returns how many bytes that was."""
+        self._tails.compare(self.log(), self._spool / "catalog.sqlite")
+        return self._tails.bytes
 
     def compare(self) -> int:
         """Every stream is what its client sent, byte for byte. Returns how many bytes were compared."""

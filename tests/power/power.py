@@ -2,8 +2,9 @@
 
 A life under load is logged by its disk. Then, for many instants of that life: the disk as a cut there leaves it, a
 fresh daemon on it, and the same clients, standing where they stood at that instant. Everything that had been
-acknowledged must be there, in order, once; the clients go on, and at the end every stream is what was sent. The last
-cut of a life is lived on under load and cut again; after LIVES_OF_A_DISK comes a fresh disk with another plan.
+acknowledged must be there, in order, once; what lies behind is named in the journal and counted; the clients go on, and
+at the end every stream is what was sent. The last cut of a life is lived on under load and cut again; after
+LIVES_OF_A_DISK comes a fresh disk with another plan.
 
 It makes namespaces of its own for mounts, processes and the network, so that nothing is left when it ends, however it
 ends. Prints a line for each cut; exits 1 at the first that lost something, 77 where this machine cannot do it.
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
@@ -41,6 +43,7 @@ SENT_BYTES_MAX = 32 << 20
 INSTANTS_TRIED = 50
 LOSSY = [fate for fate in Fate if fate is not Fate.ALL_KEPT]
 _INSIDE = "MPSERVERD_TEST_POWER_INSIDE"
+_BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
 
 
@@ -51,6 +54,9 @@ def main(arguments: Sequence[str]) -> int:
     _raise_loopback()
     directory = pathlib.Path(tempfile.mkdtemp(prefix="mpsd-power-", dir="/dev/shm"))
     try:
+        boot = directory / "boot_id"
+        _new_boot(boot)
+        subprocess.run(["mount", "--bind", boot, _BOOT_ID], check=True)
         proof = Proof(FileSystemKind(options.kind), options.seed, directory, raw_only=options.raw)
         proof.run(options.cuts)
     finally:
@@ -97,6 +103,11 @@ def _raise_loopback() -> None:
         request = struct.pack("16sH14x", b"lo", 0)
         (flags,) = struct.unpack_from("H", fcntl.ioctl(any_socket, _SIOCGIFFLAGS, request), 16)
         fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", flags | _IFF_UP))
+
+
+def _new_boot(boot: pathlib.Path) -> None:
+    """The kernel of these namespaces tells this one from now on."""
+    boot.write_text(f"{uuid.uuid4()}\n")
 
 
 class Proof:
@@ -202,6 +213,7 @@ class Proof:
             flush=True,
         )
         disk = life.disk.cut(cut.position, fate, seed)
+        _new_boot(self._directory / "boot_id")
         if goes_on:
             following = self._live(disk, marks)
             print(", lived on", flush=True)
@@ -216,9 +228,9 @@ class Proof:
             after.ctl("ledger")
             after.ctl("verify")
             after.stop()
-            compared = after.compare()
+            compared, cut_bytes = after.compare(), after.compare_cut()
         after.disk.close()
-        print(f", {compared} bytes compared, {time.monotonic() - began_s:.2f} s", flush=True)
+        print(f", {cut_bytes} cut, {compared} bytes compared, {time.monotonic() - began_s:.2f} s", flush=True)
         return None
 
     def _instant(self, life: Life, choose: random.Random, *, under_load: bool) -> Cut:
