@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import sqlite3
+import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from mpserverd.streams.catalog_view import StreamSnapshot, stream_by_id
 from mpserverd.streams.sidecar import IDENTITY_FILE, RETIRED_FILE, Identity, holes_name, read_holes, read_identity
 from mpserverd.streams.times import read_index
 
+_GOING_S, _LOOK_S = 2.0, 0.05
 SEGMENT_FILE = re.compile(r"(\d{20})\.(seg|idx|holes)")
 _EARLY_FILE = re.compile(r"\d{20}\.new")
 
@@ -60,13 +62,20 @@ def list_directories(spool: Path) -> list[str]:
 
 def check_directories(spool: Path, names: Collection[str]) -> Iterator[str]:
     """``names`` are from before this call: a row is committed before its directory is made, so whatever was there then
-    and is in no row now is nobody's, or on its way out."""
+    and is in no row now is nobody's, or on its way out. Retention takes the identity away with the row, and the rest
+    right after: what has none gets a moment."""
     known = {name for (name,) in ask(spool, lambda catalog: catalog.execute("SELECT directory FROM stream").fetchall())}
-    for name in names:
-        path = spool / STREAMS_DIRECTORY / name
-        if name in known or name.endswith(".aside") or not os.path.lexists(path) or (path / RETIRED_FILE).exists():
-            continue
-        yield f"{path} belongs to no stream of the catalog"
+    paths = [spool / STREAMS_DIRECTORY / name for name in names if name not in known and not name.endswith(".aside")]
+    until_s = time.monotonic() + _GOING_S
+    while (left := [path for path in paths if _is_left(path)]) and time.monotonic() < until_s:
+        if all((path / IDENTITY_FILE).exists() for path in left):
+            break
+        time.sleep(_LOOK_S)
+    yield from (f"{path} belongs to no stream of the catalog" for path in left)
+
+
+def _is_left(path: Path) -> bool:
+    return os.path.lexists(path) and not (path / RETIRED_FILE).exists()
 
 
 # -- the directory of a stream

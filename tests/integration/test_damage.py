@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import os
 import pathlib
+import shutil
 import signal
 import sqlite3
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
 
+from mpserverd.cli.ctl import main as mpserverctl
 from tests.integration import senders
-from tests.integration.driver import BIN, Daemon, connect
+from tests.integration.driver import Daemon, connect
 from tests.integration.oracle import stored_streams
 
 PACKET = 16
@@ -118,16 +122,13 @@ def copy_of(tmp_path: pathlib.Path) -> Iterator[Maker]:
         daemon.discard()
 
 
-def ctl(spool: pathlib.Path, *arguments: str, code: int | None = 0) -> str:
-    answer = subprocess.run(
-        [BIN / "mpserverctl", "--socket", "/nowhere", "--spool", spool, *arguments],
-        capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
-    assert code is None or answer.returncode == code, (
-        f"{arguments}: {answer.returncode}\n{answer.stdout}{answer.stderr}"
-    )
-    assert "Traceback" not in answer.stderr, answer.stderr
-    return answer.stdout + answer.stderr
+def ctl(spool: pathlib.Path, *arguments: str, code: int = 0) -> str:
+    """The program's own main, in this process: a fresh interpreter for each answer takes longer than the answers."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        found = mpserverctl(["--socket", "/nowhere", "--spool", str(spool), *arguments])
+    assert found == code, f"{arguments}: {found}\n{text.getvalue()}"
+    return text.getvalue()
 
 
 def contents(spool: pathlib.Path) -> dict[str, bytes]:
@@ -239,9 +240,145 @@ def test_a_broken_catalog_ends_the_start_untouched_and_is_repaired_from_the_segm
     left = {path: path.stat().st_mtime_ns for path in daemon.spool.rglob("*") if path.is_file()}
     for path in before.keys() | left.keys():
         assert path.name.endswith(("-shm", "-wal")) or before.get(path) == left.get(path), f"{path} was touched"
+    assert ctl(daemon.spool, "verify", code=1).splitlines()[-1] == "next: stop the daemon and run mpserverctl repair"
     said = ctl(daemon.spool, "repair")
     assert "the catalog could not be used" in said
     ctl(daemon.spool, "verify")
     assert_nothing_is_missing(made, daemon.spool)
     assert "nothing to repair" in ctl(daemon.spool, "repair")
     assert_clients_go_on(daemon)
+
+
+# --- segments
+
+
+def segment(spool: pathlib.Path, number: int, name: str = "press-7") -> pathlib.Path:
+    """``number`` -1 is the one that was written last, and has no checksum."""
+    return sorted((spool / "streams" / name).glob("*.seg"))[number]
+
+
+def remove(spool: pathlib.Path) -> set[int]:
+    segment(spool, 1).unlink()
+    return {1}
+
+
+def remove_the_first(spool: pathlib.Path) -> set[int]:
+    segment(spool, 0).unlink()
+    return {0}
+
+
+def remove_the_directory(spool: pathlib.Path) -> set[int]:
+    shutil.rmtree(spool / "streams" / "press-7")
+    return {0, 1, 2, 3}
+
+
+def shorten(spool: pathlib.Path) -> set[int]:
+    """To nothing: what is there of a short one is kept, and unit tests say how much."""
+    os.truncate(segment(spool, 1), 0)
+    return {1}
+
+
+def flip_a_bit(spool: pathlib.Path) -> set[int]:
+    with segment(spool, 2).open("r+b") as file:
+        file.seek(SEGMENT // 3)
+        byte = file.read(1)[0]
+        file.seek(SEGMENT // 3)
+        file.write(bytes([byte ^ 1]))
+    return {2}
+
+
+def swap_two(spool: pathlib.Path) -> set[int]:
+    exchange(segment(spool, 0), segment(spool, 2))
+    return {0, 2}
+
+
+def swap_with_another_stream(spool: pathlib.Path) -> set[int]:
+    """Both have a segment of the other's now; the other one is repaired just so."""
+    exchange(segment(spool, 1), segment(spool, 1, "lathe"))
+    return {1}
+
+
+def swap_directories(spool: pathlib.Path) -> set[int]:
+    exchange(spool / "streams" / "press-7", spool / "streams" / "lathe")
+    return set()
+
+
+def write_over_the_identity(spool: pathlib.Path) -> set[int]:
+    (spool / "streams" / "press-7" / "stream.json").write_text("garbage")
+    return set()
+
+
+def add_a_segment_of_nobody(spool: pathlib.Path) -> set[int]:
+    """Zeros in the middle of a listed one."""
+    stale = spool / "streams" / "press-7" / f"{SEGMENT // 2:020d}.seg"
+    stale.touch()
+    os.truncate(stale, SEGMENT)
+    return set()
+
+
+def exchange(one: pathlib.Path, other: pathlib.Path) -> None:
+    between = one.with_name("between")
+    for source, target in ((one, between), (other, one), (between, other)):
+        source.rename(target)
+
+
+SEGMENT_DAMAGE = [
+    remove, remove_the_first, remove_the_directory, shorten, flip_a_bit, swap_two, swap_with_another_stream,
+    swap_directories, write_over_the_identity, add_a_segment_of_nobody,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", SEGMENT_DAMAGE)
+def test_damaged_segments_are_found_and_what_verify_says_mends_them(
+    stopped: Made, copy_of: Maker, damage: Callable[[pathlib.Path], set[int]]
+) -> None:
+    """Whatever is left is what was sent, at its place; only what was damaged is missing; clients go on behind it."""
+    daemon = copy_of(stopped)
+    gone = damage(daemon.spool)
+    advice = ctl(daemon.spool, "verify", code=1).splitlines()[-1]
+    command = advice.removeprefix("next: stop the daemon and run mpserverctl ").split()
+    said = ctl(daemon.spool, *command, code=1 if gone else 0)
+    assert not gone or "a hole, kind lost" in said
+    ctl(daemon.spool, "verify")
+    assert "nothing to repair" in ctl(daemon.spool, *command)
+    found = contents(daemon.spool)
+    sent = stopped.sent["press-7"]
+    pieces = [sent[at : at + SEGMENT] for at in range(0, len(sent), SEGMENT)]
+    assert found["press-7"] == b"".join(piece for number, piece in enumerate(pieces) if number not in gone)
+    assert found["peer"] == stopped.sent["peer"]
+    assert_clients_go_on(daemon)
+
+
+# --- beside a running daemon
+
+
+def test_verify_beside_a_busy_daemon_finds_nothing(tmp_path: pathlib.Path) -> None:
+    """Segments are begun, sealed and retired, streams come and go, all the time."""
+    limits = {"max_bytes_per_stream": 4 * SEGMENT, "max_bytes": 24 * SEGMENT, "commit_interval_s": 0.01}
+    settings = {**SETTINGS, "spool": {"segment_bytes": SEGMENT, **limits}}
+    piece = senders.payload(30, 200_000)
+    over = threading.Event()
+
+    def send_for_ever(port: int, source: str) -> None:
+        """A named client stays for a while; another comes back under a fresh name each time."""
+        while not over.is_set():
+            with connect(port, source=source) as client:
+                for _ in range(20):
+                    client.sendall(piece)
+
+    with Daemon(tmp_path, settings) as daemon:
+        sources = [*NAMES.values(), "127.0.0.9", "127.0.0.10"]
+        threads = [threading.Thread(target=send_for_ever, args=(daemon.port(), source)) for source in sources]
+        for thread in threads:
+            thread.start()
+        try:
+            daemon.wait_for(lambda: daemon.log_contains("segments retired"), what="retention")
+            for _ in range(12):
+                ctl(daemon.spool, "verify")
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join()
+        daemon.wait_until_quiet()
+        ctl(daemon.spool, "verify")
+        daemon.stop()

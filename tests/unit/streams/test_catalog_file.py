@@ -198,6 +198,21 @@ def test_a_catalog_that_is_none_is_damage(tmp_path: Path) -> None:
         list_streams(tmp_path)
 
 
+def test_a_fault_in_a_catalog_that_somebody_changed_meanwhile_is_no_damage(spool: SpoolWriter) -> None:
+    """Pages of two states do not fit together; a daemon that starts makes them so."""
+    spool.close()
+    answers = iter([sqlite3.DatabaseError("database disk image is malformed"), 7])
+
+    def question(_: sqlite3.Connection) -> int:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            os.utime(spool.path / "catalog.sqlite")
+            raise answer
+        return answer
+
+    assert ask(spool.path, question) == 7
+
+
 def test_odd_characters_in_the_path_are_no_options(tmp_path: Path) -> None:
     with SpoolWriter(tmp_path / "a ?mode=rw#%41") as spool:
         spool.add("a", b"")

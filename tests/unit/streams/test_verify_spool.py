@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import threading
 from pathlib import Path
 
 import pytest
@@ -214,3 +215,14 @@ def test_streams_that_come_and_go_meanwhile_are_no_finding(spool: SpoolWriter, d
     (directory / "stream.retired").unlink()
     shutil.rmtree(directory)
     assert list(check_directories(spool.path, before)) == []
+
+
+def test_a_directory_that_retention_is_removing_is_waited_for(spool: SpoolWriter, directory: Path) -> None:
+    spool.catalog.execute("DELETE FROM stream")
+    (directory / "stream.json").unlink()
+    removing = threading.Timer(0.2, shutil.rmtree, [directory])
+    removing.start()
+    try:
+        assert list(check_directories(spool.path, [directory.name])) == []
+    finally:
+        removing.join()
