@@ -15,8 +15,10 @@ import pathlib
 import shutil
 import signal
 import sqlite3
+import struct
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -246,6 +248,23 @@ def test_a_broken_catalog_ends_the_start_untouched_and_is_repaired_from_the_segm
     ctl(daemon.spool, "verify")
     assert_nothing_is_missing(made, daemon.spool)
     assert "nothing to repair" in ctl(daemon.spool, "repair")
+    assert_clients_go_on(daemon)
+
+
+def test_a_catalog_that_is_older_than_the_files_is_refused_found_and_mended(stopped: Made, copy_of: Maker) -> None:
+    """Two entries of the time index that it does not know prove it; nothing that was acknowledged is written over."""
+    daemon = copy_of(stopped)
+    durable = stopped.durable["press-7"]
+    pairs = (struct.pack("<QQ", offset, time.time_ns()) for offset in (durable - 16, durable))
+    segment(daemon.spool, -1).with_suffix(".idx").write_bytes(b"".join(pairs))
+    with contextlib.closing(sqlite3.connect(catalog(daemon.spool), isolation_level=None)) as opened:
+        opened.execute("UPDATE stream SET durable = durable - 1600 WHERE name = 'press-7'")
+    assert daemon.run_to_its_end() == 1
+    assert daemon.log_contains("is older than the files"), daemon.log()
+    assert "durable to at least" in ctl(daemon.spool, "verify", code=1)
+    ctl(daemon.spool, "repair")
+    ctl(daemon.spool, "verify")
+    assert_nothing_is_missing(stopped, daemon.spool)
     assert_clients_go_on(daemon)
 
 
