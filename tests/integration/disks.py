@@ -11,19 +11,16 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests import mounts
+
 MIB = 1 << 20
 
 
 @contextlib.contextmanager
 def mounted(tmp_path: pathlib.Path, kind: str, size_mib: int) -> Iterator[pathlib.Path]:
     """A file system of its own below ``tmp_path``, gone afterwards."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root to mount a file system")
-    mount_point = tmp_path / kind
-    mount_point.mkdir()
-    if kind == "tmpfs":
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size_mib}m", "tmpfs", str(mount_point)]
-    else:
+    command = ["-t", "tmpfs", "-o", f"size={size_mib}m", "tmpfs"]
+    if kind != "tmpfs":
         image = tmp_path / f"{kind}.img"
         with image.open("wb") as file:
             file.truncate(size_mib * MIB)
@@ -31,14 +28,9 @@ def mounted(tmp_path: pathlib.Path, kind: str, size_mib: int) -> Iterator[pathli
         if shutil.which(make[0], path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None:
             pytest.skip(f"not installed: {make[0]}; `make test` as root installs it")
         subprocess.run([*make, str(image)], check=True, capture_output=True)
-        command = ["mount", "-o", "loop", str(image), str(mount_point)]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    if answer.returncode:
-        pytest.skip(f"cannot mount {kind} here: {answer.stderr.strip()}")
-    try:
+        command = ["-o", "loop", str(image)]
+    with mounts.mounted(tmp_path / kind, *command) as mount_point:
         yield mount_point
-    finally:
-        subprocess.run(["umount", "--lazy", str(mount_point)], check=True)
 
 
 def fill(disk: pathlib.Path, *, leave_bytes: int = 0) -> pathlib.Path:

@@ -7,9 +7,12 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
+
+from tests.mounts import mounted, unmount
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DEADLINE_S = 20.0
@@ -77,3 +80,26 @@ def test_a_session_that_is_killed_leaves_no_mount_and_no_loop_device(tmp_path: p
             time.sleep(0.01)
     finally:
         subprocess.run(["umount", "--lazy", disk], capture_output=True, check=False)
+
+
+def test_a_mount_is_gone_after_its_test(tmp_path: pathlib.Path) -> None:
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "mpserverd-test") as disk:
+        assert os.path.ismount(disk)
+    assert not os.path.ismount(disk)
+
+
+def test_a_mount_that_is_busy_for_a_moment_is_waited_for(tmp_path: pathlib.Path) -> None:
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "mpserverd-test") as disk:
+        file = (disk / "file").open("wb")
+        later = threading.Timer(0.2, file.close)
+        later.start()
+    assert file.closed
+    assert not os.path.ismount(disk)
+    later.join()
+
+
+def test_a_mount_that_stays_busy_fails_the_test_and_is_gone_all_the_same(tmp_path: pathlib.Path) -> None:
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "mpserverd-test") as disk, (disk / "file").open("wb"):
+        with pytest.raises(AssertionError, match="target is busy"):
+            unmount(disk, patience_s=0.1)
+        assert not os.path.ismount(disk)

@@ -9,7 +9,6 @@ import resource
 import sqlite3
 import subprocess
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -17,6 +16,7 @@ from mpserverd.arena.state import Gone, Str, StreamState
 from mpserverd.storer import syncing
 from mpserverd.storer.failures import FULL_OVER_S
 from mpserverd.storer.space import BALLAST_FILE
+from tests.mounts import mounted
 from tests.unit.storer.conftest import RigMaker
 from tests.unit.storer.rig import CHUNK, Client, Rig
 
@@ -198,25 +198,11 @@ def test_while_the_catalog_is_locked_nothing_is_acknowledged(rig: Rig, monkeypat
 # -- real file systems
 
 
-def mount(*arguments: str) -> None:
-    answer = subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
-    if answer.returncode:
-        pytest.skip(f"mount {' '.join(arguments)}: {answer.stderr.strip()}")
+def tmpfs(path: pathlib.Path, size: str) -> contextlib.AbstractContextManager[pathlib.Path]:
+    return mounted(path, "-t", "tmpfs", "-o", f"size={size}", "mpserverd-test")
 
 
-@contextlib.contextmanager
-def tmpfs(path: pathlib.Path, size: str) -> Iterator[pathlib.Path]:
-    path.mkdir()
-    mount("-t", "tmpfs", "-o", f"size={size}", "mpserverd-test", str(path))
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", str(path)], check=True)
-
-
-@contextlib.contextmanager
-def ext4(image: pathlib.Path, path: pathlib.Path, size: str) -> Iterator[pathlib.Path]:
-    path.mkdir()
+def ext4(image: pathlib.Path, path: pathlib.Path, size: str) -> contextlib.AbstractContextManager[pathlib.Path]:
     subprocess.run(["truncate", "-s", size, str(image)], check=True)
     made = subprocess.run(
         ["mkfs.ext4", "-q", "-F", "-b", "4096", "-O", "^has_journal", "-e", "continue", str(image)],
@@ -225,11 +211,7 @@ def ext4(image: pathlib.Path, path: pathlib.Path, size: str) -> Iterator[pathlib
     )
     if made.returncode:
         pytest.skip("mkfs.ext4 does not work here")
-    mount("-o", "loop", str(image), str(path))
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", str(path)], check=True)
+    return mounted(path, "-o", "loop", str(image))
 
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")

@@ -57,12 +57,18 @@ class Device:
 
 
 @pytest.fixture
-def rig(kind: str, tmp_path: pathlib.Path, make_rig: RigMaker) -> Iterator[Rig]:
+def disk(kind: str, tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
     with mounted(tmp_path, kind, DISK_MIB) as disk:
-        (disk / "streams").mkdir()
-        (tmp_path / "spool").mkdir()
-        (tmp_path / "spool" / "streams").symlink_to(disk / "streams")
-        yield make_rig()
+        yield disk
+
+
+@pytest.fixture
+def rig(disk: pathlib.Path, tmp_path: pathlib.Path, make_rig: RigMaker) -> Rig:
+    """After the disk, so that it is closed before that is unmounted."""
+    (disk / "streams").mkdir()
+    (tmp_path / "spool").mkdir()
+    (tmp_path / "spool" / "streams").symlink_to(disk / "streams")
+    return make_rig()
 
 
 @pytest.fixture
