@@ -47,9 +47,12 @@ class Leaving:
     def draining(self) -> list[int]:
         return np.flatnonzero(self._desk.state.streams[:, Str.STATE] == StreamState.DRAINING).tolist()
 
-    def finish(self, rows: Sequence[int]) -> int:
-        """Returns how many rows were freed."""
+    def finish(self, rows: Sequence[int], now_s: float) -> int:
+        """Returns how many rows were freed; none while the catalog fails."""
         desk = self._desk
+        self.more = False
+        if now_s < self._failures.catalog_retry_s:
+            return 0
         stored: list[LiveStream] = []
         others: list[LiveStream] = []
         for row in rows:
@@ -58,7 +61,6 @@ class Leaving:
                 others.append(stream)
             elif desk.word(stream, Str.DURABLE) == desk.word(stream, Str.OFFERED):
                 (stored if stream.catalog_id else others).append(stream)
-        self.more = False
         more = len(stored) > STREAMS_MAX or len(others) > STREAMS_MAX
         stored, others = stored[:STREAMS_MAX], others[:STREAMS_MAX]
         try:

@@ -70,7 +70,8 @@ class Counters:
         self._words[self._at[name]] += amount
 
     def set(self, name: str, value: int) -> None:
-        self._words[self._at[name]] = value
+        """A gauge that would be below 0 is a mistake in our books: no reason to store nothing any more."""
+        self._words[self._at[name]] = max(0, value)
 
     def get(self, name: str) -> int:
         return int(self._words[self._at[name]])
@@ -138,6 +139,11 @@ class Desk:
         words = " ".join(f"{key}={value}" for key, value in fields.items())
         whole = f"{text}: {words}" if words else text
         self.outbox.append(Message(Kind.EVENT, payload={"event": text, "text": whole[:EVENT_CHARACTERS_MAX]}))
+
+    def wake(self, stream: LiveStream, durable: int) -> None:
+        """The stream's segment rests no more."""
+        if stream.segment is not None:
+            self.resting_bytes -= durable - stream.segment.first
 
     # -- rows
 

@@ -111,9 +111,9 @@ class Storer:
     def _turn(self, desk: Desk, store: Store) -> None:
         now_s = time.monotonic()
         self._words[self._slot + Slot.PROGRESS_MONO_NS] = time.monotonic_ns()
-        opened = store.open_streams()
+        opened = store.open_streams(now_s)
         freed = self._store_what_is_due(desk, store, now_s)
-        ended = store.see_off()
+        ended = store.see_off(now_s)
         if now_s >= self._next_tick_s:
             self._next_tick_s = now_s + TICK_S
             store.tick(now_s)
@@ -156,7 +156,7 @@ class Storer:
         else:
             self._words[self._slot + Slot.DOZING] = 1
             if self._something_to_do():
-                until_s = now_s
+                until_s = min(until_s, max(now_s, store.failures.catalog_retry_s))
         if desk.outbox:
             until_s = min(until_s, now_s + LOOK_S)
         events = self._epoll.poll(max(0.0, until_s - now_s))

@@ -13,6 +13,7 @@ import errno
 import logging
 import os
 import re
+import sqlite3
 import stat
 from collections.abc import Iterable, Sequence
 
@@ -44,21 +45,34 @@ class Opening:
 
     # -- rows that are OPENING
 
-    def open_rows(self, rows: Iterable[int]) -> None:
-        """Fill the rows in and publish OPEN. Raises sqlite3.Error before anything is published."""
+    def open_rows(self, rows: Sequence[int]) -> None:
+        """Fill the rows in and publish OPEN. Raises sqlite3.Error; nothing has changed then."""
         desk = self._desk
-        opened = [self._find(desk.learn(row)) for row in rows]
-        known = [record.id for _, record in opened if record is not None]
-        if known:
-            with desk.catalog.transaction():
-                desk.catalog.set_connected(known, 1)
+        try:
+            opened = self._connect(rows)
+        except sqlite3.Error:
+            for row in rows:
+                desk.streams.pop(row, None)
+            raise
         for stream, record in opened:
             with self._gone.changing():
                 if record is not None:
                     self._gone.subtract(totals_of_record(record))
                     self._fill(stream, record)
                 desk.state.words[stream.base + Str.STATE] = StreamState.OPEN
+            if record is not None:
+                desk.wake(stream, record.durable)
             desk.outbox.append(Message(Kind.OPENED, stream.row))
+
+    def _connect(self, rows: Iterable[int]) -> list[tuple[LiveStream, StreamRecord | None]]:
+        """Find what they continue, and commit that it is connected."""
+        desk = self._desk
+        opened = [self._find(desk.learn(row)) for row in rows]
+        known = [record.id for _, record in opened if record is not None]
+        if known:
+            with desk.catalog.transaction():
+                desk.catalog.set_connected(known, 1)
+        return opened
 
     def _find(self, stream: LiveStream) -> tuple[LiveStream, StreamRecord | None]:
         """The catalog's stream that this one continues; None begins a new one, at the first packet."""
@@ -123,8 +137,8 @@ class Opening:
     # -- files of a stream that the catalog knows
 
     def attach(self, stream: LiveStream, record: StreamRecord) -> bool:
-        """Take up the stream's directory and its open segment. False, loudly, when its files are missing, too short or
-        not to be used: that is this stream's trouble and nobody else's."""
+        """Take up the stream's directory and its open segment, which the caller wakes (``Desk.wake``). False, loudly,
+        when its files are missing, too short or not to be used: that is this stream's trouble and nobody else's."""
         desk = self._desk
         segments = desk.catalog.segments(record.id)
         path = desk.path_of(record.directory)
@@ -162,7 +176,6 @@ class Opening:
         with contextlib.suppress(OSError):
             file.allocated = os.stat(file.path).st_size
         file.in_catalog = True
-        self._desk.resting_bytes -= durable - first
         return file
 
     # -- streams that offer their first packet

@@ -116,6 +116,7 @@ class Recovery:
         if not self._opening.attach(stream, record):
             self._go_on_beside(stream, record)
         elif stream.segment is not None:
+            desk.wake(stream, record.durable)
             stream.segment.mend_index(record.durable)  # never are two pairs ahead, in whichever files
 
     def _go_on_beside(self, stream: LiveStream, record: StreamRecord) -> None:

@@ -61,8 +61,10 @@ class Store:
             raise StartError(f"cannot use the catalog {self._desk.catalog.path}: {error}; {todo(error)}") from error
         self._desk.space.make_ballast()
 
-    def open_streams(self) -> int:
-        """Answer the rows that are OPENING. Returns how many there were."""
+    def open_streams(self, now_s: float) -> int:
+        """Answer the rows that are OPENING. Returns how many there were; they wait while the catalog fails."""
+        if now_s < self.failures.catalog_retry_s:
+            return 0
         rows = np.flatnonzero(self._desk.state.streams[:, Str.STATE] == StreamState.OPENING).tolist()
         if rows:
             try:
@@ -71,9 +73,9 @@ class Store:
                 self.failures.catalog_failed(error)
         return len(rows)
 
-    def see_off(self) -> int:
+    def see_off(self, now_s: float) -> int:
         """Finish the streams that are DRAINING and have nothing left to write. Returns how many rows were freed."""
-        return self._leaving.finish(self._leaving.draining())
+        return self._leaving.finish(self._leaving.draining(), now_s)
 
     @property
     def more(self) -> bool:

@@ -317,7 +317,7 @@ class Rig(Tables):
     ) -> Client:
         self.lease()
         number = self.take_row(name, packet, flags | StreamFlag.NAMED, StreamState.OPENING, **row)
-        self.store.open_streams()
+        self.store.open_streams(self.now_s)
         self.clients.append(Client(self, number, seed))
         return self.clients[-1]
 
@@ -325,12 +325,12 @@ class Rig(Tables):
 
     def step(self, *, urgent: bool = True) -> int:
         """Returns how many chunks were freed."""
-        self.now_s += 0.1
-        self.store.open_streams()
+        self.now_s = max(self.now_s + 0.1, self.store.failures.catalog_retry_s)
+        self.store.open_streams(self.now_s)
         sample = sample_streams(self.state)
         ripe = self.store.cycle.ripe(sample, self.now_s, urgent=urgent)
         freed = self.store.cycle.run(sample, ripe, self.now_s) if len(ripe) else 0
-        self.store.see_off()
+        self.store.see_off(self.now_s)
         self.lease()
         return freed
 

@@ -12,9 +12,9 @@ import time
 
 import pytest
 
-from mpserverd.arena.state import Gone, Str, StreamState
+from mpserverd.arena.state import Gone, Str, StreamFlag, StreamState
 from mpserverd.storer import syncing
-from mpserverd.storer.failures import FULL_OVER_S
+from mpserverd.storer.failures import CATALOG_RETRY_S, FULL_OVER_S
 from mpserverd.storer.space import BALLAST_FILE
 from tests.mounts import mounted
 from tests.unit.storer.conftest import RigMaker
@@ -193,6 +193,56 @@ def test_while_the_catalog_is_locked_nothing_is_acknowledged(rig: Rig, monkeypat
     rig.step()
     assert client.word(Str.DURABLE) == 10_000
     rig.assert_stored(client)
+
+
+def test_a_client_that_comes_back_while_the_catalog_is_locked_waits_and_disturbs_nothing(rig: Rig) -> None:
+    """Tried again a few times a second, and each time from the same books."""
+    first = rig.named("one")
+    first.send(16_000)
+    first.end()
+    rig.step()
+    rested = rig.desk.resting_bytes
+    rig.desk.catalog._connection.execute("PRAGMA busy_timeout = 0")
+    stranger = sqlite3.connect(rig.spool / "catalog.sqlite", isolation_level=None)
+    stranger.execute("BEGIN IMMEDIATE")
+    began_s = time.monotonic()
+    row = rig.take_row("one", 16, StreamFlag.STORE | StreamFlag.NAMED, StreamState.OPENING)
+    while (tries := rig.counter("write_errors")) < 3:
+        assert time.monotonic() < began_s + 60
+        rig.store.open_streams(time.monotonic())
+        assert rig.desk.resting_bytes == rested
+        assert rig.store.retention.spool_bytes() == rested
+    assert tries <= 1 + (time.monotonic() - began_s) / CATALOG_RETRY_S
+    stranger.execute("ROLLBACK")
+    stranger.close()
+    while rig.state.streams[row, Str.STATE] != StreamState.OPEN:
+        assert time.monotonic() < began_s + 60
+        rig.store.open_streams(time.monotonic())
+    again = Client(rig, row, first.seed)
+    again.send(16_000)
+    rig.step()
+    assert rig.store.retention.content_bytes() == 32_000
+    rig.assert_stored(again)
+
+
+def test_a_stream_that_ends_while_the_catalog_is_locked_is_seen_off_later(rig: Rig) -> None:
+    client = rig.fresh("peer")
+    client.send(16_000)
+    rig.step()
+    client.end()
+    rig.desk.catalog._connection.execute("PRAGMA busy_timeout = 0")
+    stranger = sqlite3.connect(rig.spool / "catalog.sqlite", isolation_level=None)
+    stranger.execute("BEGIN IMMEDIATE")
+    began_s = time.monotonic()
+    while (tries := rig.counter("write_errors")) < 3:
+        assert time.monotonic() < began_s + 60
+        assert rig.store.see_off(time.monotonic()) == 0
+    assert tries <= 1 + (time.monotonic() - began_s) / CATALOG_RETRY_S
+    stranger.execute("ROLLBACK")
+    stranger.close()
+    while not rig.store.see_off(time.monotonic()):
+        assert time.monotonic() < began_s + 60
+    assert rig.store.retention.content_bytes() == 16_000
 
 
 # -- real file systems
