@@ -7,7 +7,7 @@ GONE_VERSION. A storer that is killed inside leaves the version odd; its success
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 from mpserverd.arena.state import Check, Gone, Head, StateTable, Str, StreamFlag
 from mpserverd.storer.catalog import Catalog, StreamRecord
@@ -123,7 +123,7 @@ class GoneBlock:
             if value:
                 self._words[Head.GONE + index] -= value
 
-    def compute(self, catalog: Catalog, live_ids: set[int], released_rows: Iterable[Sequence[int]]) -> None:
+    def compute(self, catalog: Catalog, live_ids: Container[int], released_rows: Iterable[Sequence[int]]) -> None:
         """Assign the block: all streams of the catalog but those in the table, and ``total``, but for the rows whose
         totals are already in it though they are still in the table."""
         sums = [0] * Gone.COUNT

@@ -154,7 +154,7 @@ class Cycle:
         return works
 
     def _place(self, works: Sequence[Work]) -> None:
-        self._placing.fit(len(self._desk.streams))
+        self._placing.fit()
         slow = [work for work in works if not self._placing.try_quickly(work)]
         if len(slow) <= BATCH_PARTS_MAX:
             for work in slow:

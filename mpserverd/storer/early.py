@@ -31,8 +31,11 @@ class Early:
         self._desk = desk
 
     def prepare(self, segment_bytes: int) -> None:
-        """Stops after BUDGET_S, and when the disk is full. Another error is one stream's, which meets it again."""
+        """Stops after BUDGET_S, and when the disk is full. Another error is one stream's, which meets it again. Of two
+        files each that do not fit into ``max_bytes`` none is made early: it could not be retired."""
         until_s = time.monotonic() + BUDGET_S
+        max_bytes = self._desk.spool.max_bytes
+        has_place_for_next = not max_bytes or 2 * len(self._desk.streams) * segment_bytes <= max_bytes
         for stream in self._desk.streams.values():
             file = stream.segment
             if file is None or not file.in_catalog:
@@ -43,7 +46,7 @@ class Early:
                 if file.allocated < file.limit - file.first:
                     if used > due * file.allocated:
                         self._lengthen(file)
-                elif used > due * (file.limit - file.first) and stream.early is None:
+                elif has_place_for_next and used > due * (file.limit - file.first) and stream.early is None:
                     self._make_next(stream, file, segment_bytes)
             except OSError as error:
                 if error.errno in NO_SPACE:

@@ -20,6 +20,7 @@ from mpserverd.arena.counters import COUNTERS, Role
 from mpserverd.arena.state import StateTable, Str, StreamFlag, StreamState
 from mpserverd.config.schema import Config, ListenerConfig, SpoolConfig
 from mpserverd.net.channel import Kind, Message
+from mpserverd.storer import plan
 from mpserverd.storer.catalog import Catalog
 from mpserverd.storer.filesystem import FileSystem
 from mpserverd.storer.segment_file import SegmentFile
@@ -144,6 +145,12 @@ class Desk:
         """The stream's segment rests no more."""
         if stream.segment is not None:
             self.resting_bytes -= durable - stream.segment.first
+
+    def fitting_segment_bytes(self, streams: int = 0) -> int:
+        """How long segments are, with so many streams, or as many as there are in the table."""
+        streams = streams or int(np.count_nonzero(self.state.streams[:, Str.STATE] != StreamState.FREE))
+        spool = self.spool
+        return plan.fitting_segment_bytes(spool.segment_bytes, self.arena.chunk_bytes, spool.max_bytes, streams)
 
     # -- rows
 

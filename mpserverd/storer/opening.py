@@ -167,8 +167,8 @@ class Opening:
         return True
 
     def _reopen(self, stream: LiveStream, first: int, durable: int) -> SegmentFile:
-        """Its length is found when it is opened."""
-        size = self._desk.spool.segment_bytes
+        """Its length is found when it is opened, its limit may not be the one that it was begun with."""
+        size = self._desk.fitting_segment_bytes()
         file = SegmentFile(
             stream.directory, first, durable - durable % size + size, direct=self._desk.filesystem.direct
         )

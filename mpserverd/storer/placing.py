@@ -65,12 +65,9 @@ class Placing:
         self._desk = desk
         self.segment_bytes = desk.spool.segment_bytes
 
-    def fit(self, stream_count: int) -> None:
-        """Once a cycle: how long new segments are, with so many streams."""
-        spool = self._desk.spool
-        self.segment_bytes = plan.fitting_segment_bytes(
-            spool.segment_bytes, self._desk.arena.chunk_bytes, spool.max_bytes, stream_count
-        )
+    def fit(self) -> None:
+        """Once a cycle: how long new segments are."""
+        self.segment_bytes = self._desk.fitting_segment_bytes()
 
     def try_quickly(self, work: Work) -> bool:
         """Place without a system call, if that is possible."""
@@ -106,9 +103,11 @@ class Placing:
 
     def _file_for(self, work: Work, file: SegmentFile | None, at: int) -> SegmentFile:
         if file is None or at >= file.limit:
+            below = work.durable
             if file is not None:
                 self._close(work, file)
-            file = self._begin(work, at)
+                below = file.limit
+            file = self._begin(work, at, below)
         self._touch(work, file)
         return file
 
@@ -125,9 +124,10 @@ class Placing:
             if note >= 0:
                 work.notes.append(note)
 
-    def _begin(self, work: Work, at: int) -> SegmentFile:
+    def _begin(self, work: Work, at: int, below: int) -> SegmentFile:
+        """Bytes below ``below`` lie in other segments: the grid may have become wider since they were begun."""
         stream = work.stream
-        first, limit = plan.segment_bounds(at, work.durable, self.segment_bytes)
+        first, limit = plan.segment_bounds(at, below, self.segment_bytes)
         early = stream.early
         if early is not None and early.first == first:
             stream.early = None

@@ -101,13 +101,14 @@ def overlap(holes: Sequence[Extent], first: int, end: int) -> int:
     return sum(max(0, min(end, hole_end) - max(first, hole_first)) for hole_first, hole_end in holes)
 
 
-def segment_bounds(at: int, durable: int, segment_bytes: int) -> tuple[int, int]:
-    """(first, limit) of a new segment for a byte at ``at``, when everything below ``durable`` lies in others.
+def segment_bounds(at: int, below: int, segment_bytes: int) -> tuple[int, int]:
+    """(first, limit) of a new segment for a byte at ``at``, when everything under ``below`` lies in others.
 
-    It begins on the grid; or at ``durable``, when the file that had the bytes below it cannot be written any more.
+    It begins on the grid; or at ``below``, when the file that had the bytes under it cannot be written any more, or
+    ended on a narrower grid.
     """
     grid = at - at % segment_bytes
-    return max(grid, durable), grid + segment_bytes
+    return max(grid, below), grid + segment_bytes
 
 
 def fitting_segment_bytes(segment_bytes: int, unit_bytes: int, spool_bytes_max: int, streams: int) -> int:

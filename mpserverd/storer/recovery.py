@@ -1,15 +1,17 @@
 """The storer's start: tables, catalog and directories are brought together before anything is written.
 
 The catalog is the truth about what is durable; the table says what the workers still hold. Files that the catalog does
-not account for are renamed to ``*.aside`` and named in the journal, never deleted; only empty early segments and files
-that retention had already given up are removed. Nothing is cut. A missing file stops its stream, loudly. What cannot be
-read, renamed or removed is named, and the start goes on: one stream's files are no reason to store nobody's.
+not account for are renamed to ``*.aside`` and named in the journal, never deleted; only empty early segments, files
+that retention had already given up, and files of bytes that are in memory still, not committed, are removed. Nothing is
+cut. A missing file stops its stream, loudly. What cannot be read, renamed or removed is named, and the start goes on:
+one stream's files are no reason to store nobody's.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -74,11 +76,11 @@ class Recovery:
 
     # -- rows
 
-    def _adopt(self, records: Mapping[int, StreamRecord]) -> set[int]:
-        """Take up the streams in the table. Returns their catalog ids."""
+    def _adopt(self, records: Mapping[int, StreamRecord]) -> dict[int, int]:
+        """Take up the streams in the table. Returns their catalog ids, and where each one's bytes in memory begin."""
         desk = self._desk
         by_epoch = {record.epoch: record for record in records.values()}
-        live = set()
+        live = {}
         for row in desk.live_rows().tolist():
             stream = desk.learn(row)
             if not desk.word(stream, Str.FLAGS) & StreamFlag.STORE:
@@ -87,7 +89,7 @@ class Recovery:
             stream.catalog_id = 0
             if record is not None:
                 self._take_up(stream, record)
-                live.add(record.id)
+                live[record.id] = desk.word(stream, Str.DURABLE)
             elif desk.word(stream, Str.CATALOG_ID):
                 self._say("catalog does not know a stream: it goes on as a new one", stream=stream.name)
                 desk.state.words[stream.base + Str.CATALOG_ID] = 0
@@ -141,7 +143,7 @@ class Recovery:
     # -- the catalog
 
     def _tidy(
-        self, records: Mapping[int, StreamRecord], firsts: Mapping[int, set[int]], live: set[int]
+        self, records: Mapping[int, StreamRecord], firsts: Mapping[int, set[int]], live: Mapping[int, int]
     ) -> dict[int, StreamRecord]:
         """Streams that began but never stored a byte go; those not in the table are not connected, and the last segment
         of one whose name was made up will never be continued."""
@@ -159,7 +161,7 @@ class Recovery:
     # -- files
 
     def _look_at_files(
-        self, records: Mapping[int, StreamRecord], firsts: Mapping[int, set[int]], live: set[int]
+        self, records: Mapping[int, StreamRecord], firsts: Mapping[int, set[int]], live: Mapping[int, int]
     ) -> None:
         known = {record.directory: record for record in records.values()}
         seen = set()
@@ -168,14 +170,16 @@ class Recovery:
                 record = known.get(entry.name)
                 if record is not None:
                     seen.add(entry.name)
-                    self._look_into(entry.path, record, firsts.get(record.id, set()), is_live=record.id in live)
+                    self._look_into(entry.path, record, firsts.get(record.id, set()), live.get(record.id, math.inf))
                 elif not entry.name.endswith(".aside"):
                     self._set_aside("directory unknown to the catalog set aside", entry.path)
         for name in known.keys() - seen:
             if firsts.get(known[name].id):
                 self._say("directory of a stream is missing", stream=known[name].name, directory=name)
 
-    def _look_into(self, path: str, record: StreamRecord, expected: set[int], *, is_live: bool) -> None:
+    def _look_into(self, path: str, record: StreamRecord, expected: set[int], memory_from: float) -> None:
+        """From ``memory_from`` on the stream's bytes are in memory: what a storer that was killed had begun there goes.
+        They are written again, perhaps on another grid, and repair would find two files with them."""
         missing = set(expected)
         identified = False
         try:
@@ -193,9 +197,9 @@ class Recovery:
             elif first in expected and suffix in _SUFFIXES:
                 if suffix == ".seg":
                     missing.discard(first)
-            elif suffix == ".aside" or (is_live and suffix in _SUFFIXES and first >= record.durable):
-                continue  # or made by a storer that was killed before its commit: written again from the arena
-            elif suffix == ".new" or (suffix in _SUFFIXES and first >= 0 and first < record.first_offset):
+            elif suffix == ".aside":
+                continue
+            elif suffix == ".new" or (first >= 0 and not record.first_offset <= first < memory_from):
                 self._remove(os.path.join(path, name))
             else:
                 self._set_aside("file unknown to the catalog set aside", os.path.join(path, name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 import time
@@ -26,6 +27,8 @@ from mpserverd.storer.opening import Opening
 from mpserverd.storer.recovery import Recovery
 from mpserverd.storer.retention import Retention
 from mpserverd.storer.segment_file import segment_name
+
+logger = logging.getLogger(__name__)
 
 BUSY_BYTES_PER_S = 64 << 20
 """While so much is written, no checksums are made."""
@@ -60,6 +63,22 @@ class Store:
         except sqlite3.Error as error:
             raise StartError(f"cannot use the catalog {self._desk.catalog.path}: {error}; {todo(error)}") from error
         self._desk.space.make_ballast()
+        self._weigh_limits()
+
+    def _weigh_limits(self) -> None:
+        """Segments that are being written cannot be retired: with all clients there, they may be too many."""
+        desk, clients = self._desk, self._desk.config.server.max_clients
+        least = clients * desk.fitting_segment_bytes(clients)
+        if 0 < desk.spool.max_bytes < least:
+            desk.note(
+                logger,
+                logging.WARNING,
+                "max_bytes is not kept with all clients connected",
+                max_bytes=desk.spool.max_bytes,
+                max_clients=clients,
+                bytes=least,
+                next="raise [spool] max_bytes, or lower [server] max_clients",
+            )
 
     def open_streams(self, now_s: float) -> int:
         """Answer the rows that are OPENING. Returns how many there were; they wait while the catalog fails."""

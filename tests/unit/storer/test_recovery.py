@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
 
 from mpserverd.arena.state import Gone, Head, Str, StreamFlag, StreamState
+from mpserverd.storer.repair import repair
 from mpserverd.storer.segment_file import INDEX_PAIR, early_name
 from tests.unit.storer.conftest import RigMaker
 from tests.unit.storer.rig import CHUNK, Client, Rig
@@ -175,6 +177,36 @@ def test_files_that_the_catalog_does_not_know_are_set_aside_and_never_deleted(ri
     again.send(1600)
     rig.step()
     rig.assert_stored(again)
+
+
+@pytest.mark.parametrize("catalog_is_lost", [False, True])
+def test_what_a_killed_storer_had_begun_never_overrides_what_its_successor_wrote(
+    make_rig: RigMaker, monkeypatch: pytest.MonkeyPatch, catalog_is_lost: bool
+) -> None:
+    """Killed between a segment's file and its commit; the successor's segments are longer, and then everything dies:
+    repair finds what was acknowledged."""
+    rig = make_rig(chunks=256, chunk_bytes=64 << 10, segment_bytes=4 << 20, max_bytes=4 << 20)
+    client = rig.named("one")
+    client.send(1_000_000)
+    rig.step()
+    client.send(200_000)
+    kill_in(rig, monkeypatch, rig.desk.catalog, "add_segments", after=False)
+    rig.store.close()
+    assert rig.files("**/*.seg") == ["one/00000000000000000000.seg"]
+    rig.config = rig.config_with(spool=dataclasses.replace(rig.config.spool, max_bytes=0))
+    rig.store = rig.open()
+    client.adopt()
+    client.send(1_000_000)
+    rig.steps(2)
+    assert rig.files("**/*.seg") == ["one/00000000000000000000.seg"]
+    rig.assert_stored(client)
+    rig.store.close()
+    if catalog_is_lost:
+        for path in rig.spool.glob("catalog.sqlite*"):
+            path.unlink()
+    assert repair(str(rig.spool)).fine
+    rig.assert_stored(client)
+    rig.store = rig.open()
 
 
 def test_a_live_stream_that_lost_its_file_goes_on_in_a_fresh_one(rig: Rig) -> None:

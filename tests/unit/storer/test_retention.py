@@ -218,3 +218,60 @@ def test_a_stop_leaves_no_stream_over_its_limit(make_rig: RigMaker) -> None:
     assert rig.one("SELECT durable - first_offset FROM stream") == 2 * SEGMENT + 160
     rig.restart()
     assert len(seg_files(rig)) == 3
+
+
+MIB = 1 << 20
+
+
+def test_segments_that_grow_while_streams_leave_follow_each_other(make_rig: RigMaker) -> None:
+    """With fewer streams they are longer; one that crosses the end of a short one goes on exactly there."""
+    rig = make_rig(chunks=256, chunk_bytes=64 << 10, segment_bytes=4 * MIB, max_bytes=16 * MIB)
+    clients = [rig.fresh(f"peer-{number}") for number in range(4)]
+    for client in clients:
+        client.send(960_000)
+    rig.step()
+    for client in clients[1:]:
+        client.leave()
+    rig.steps(2)
+    clients[0].send(480_000)
+    rig.steps(2)
+    assert rig.ask("SELECT first, end FROM segment JOIN stream ON stream = id WHERE name = 'peer-0'") == [
+        (0, MIB),
+        (MIB, None),
+    ]
+    rig.assert_stored(clients[0])
+
+
+def test_the_limit_is_kept_by_streams_that_go_on_and_after_a_restart(make_rig: RigMaker) -> None:
+    """Their segments are as short as those of streams that begin, and no next ones are made ahead."""
+    rig = make_rig(chunks=512, chunk_bytes=64 << 10, segment_bytes=8 * MIB, max_bytes=8 * MIB)
+    clients = [rig.named(f"client-{number}", seed=number) for number in range(6)]
+    for round_ in range(12):
+        for client in clients:
+            client.send(320_000)
+        rig.steps(2)
+        tick(rig)
+        assert rig.store.retention.spool_bytes() <= 8 * MIB
+        if round_ == 2:
+            rig.restart()
+            for client in clients:
+                client.adopt()
+        if round_ == 5:
+            for client in clients:
+                client.leave()
+            rig.steps(2)
+            clients = [rig.named(f"client-{number}", seed=number) for number in range(6)]
+    for number, client in enumerate(clients):
+        first = client.word(Str.FIRST_OFFSET)
+        assert first > 0
+        assert rig.stored(f"client-{number}") == content(client.seed, first, client.sent)
+
+
+@pytest.mark.parametrize(("max_bytes", "warned"), [(0, False), (9 * MIB, True), (10 * MIB, False)])
+def test_a_limit_that_open_segments_alone_may_exceed_is_named_at_the_start(
+    make_rig: RigMaker, max_bytes: int, warned: bool
+) -> None:
+    """Ten clients, and a segment of at least 1 MiB each."""
+    rig = make_rig(segment_bytes=4 * MIB, max_bytes=max_bytes)
+    events = [message.payload["event"] for message in rig.desk.outbox if message.payload]
+    assert ("max_bytes is not kept with all clients connected" in events) is warned
