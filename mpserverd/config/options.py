@@ -372,7 +372,7 @@ _SPOOL = (
         Size(1, limits.SPOOL_BYTES_MAX, zero="nothing is left free"),
         limits.GIB,
         _RELOAD,
-        "Free space that the file system keeps: the oldest segments go for it.",
+        "Free space that the file system keeps: the oldest segments go for it, if all of them can make it.",
         "bytes",
     ),
 )

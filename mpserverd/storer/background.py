@@ -47,6 +47,10 @@ class Background:
         self._closed = False
 
     @property
+    def has_files_to_unlink(self) -> bool:
+        return bool(self._paths)
+
+    @property
     def has_sums_to_make(self) -> bool:
         return bool(self._sealed)
 
@@ -87,16 +91,8 @@ class Background:
 
     def _unlink_all(self) -> None:
         while self._paths:
-            path = self._paths.popleft()
-            try:
-                os.unlink(path)
-            except FileNotFoundError:
-                continue
-            except IsADirectoryError:
-                with contextlib.suppress(OSError):  # a file that was set aside keeps it
-                    os.rmdir(path)
-            except OSError as error:
-                log.event(logger, logging.ERROR, "retired file not removed", file=path, error=advice(error))
+            _unlink(self._paths[0])
+            self._paths.popleft()
 
     def _sum(self, path: str, sealed: Sealed) -> None:
         stream, _, first, end = sealed
@@ -128,6 +124,7 @@ class Background:
             while at < length:
                 if self._closed:
                     raise OSError(errno.EINTR, "the storer leaves")
+                self._unlink_all()  # room that somebody waits for, perhaps
                 while self.busy and not self._closed:
                     self._unlink_all()
                     self._asked.wait(PAUSE_S)
@@ -141,3 +138,15 @@ class Background:
         finally:
             os.close(descriptor)
         return digest.hexdigest()
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return
+    except IsADirectoryError:
+        with contextlib.suppress(OSError):  # a file that was set aside keeps it
+            os.rmdir(path)
+    except OSError as error:
+        log.event(logger, logging.ERROR, "retired file not removed", file=path, error=advice(error))

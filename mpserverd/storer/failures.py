@@ -82,9 +82,9 @@ class Failures:
         self.put_back([work])
         work.stream.full = True
         self.retry_at[work.stream.row] = now_s + FULL_RETRY_S
-        self._refused(str(work.error))
+        self.refused(str(work.error))
 
-    def _refused(self, why: str) -> None:
+    def refused(self, why: str) -> None:
         """Where retention may make room it gets the time until its next look; otherwise the disk is full now."""
         self._refused_s = time.monotonic()
         self._why = why
@@ -116,7 +116,8 @@ class Failures:
             free_bytes=desk.space.free_bytes,
             min_free_bytes=desk.space.min_free_bytes,
             why=why,
-            next=f"free space on the file system of {desk.streams_path}, or lower [spool] max_bytes or max_age_s",
+            next=f"free space on the file system of {desk.streams_path}, "
+            "or lower [spool] max_bytes, max_age_s or min_free_bytes",
         )
 
     def room_was_made(self) -> None:
@@ -223,7 +224,7 @@ class Failures:
         desk = self._desk
         self.catalog_retry_s = time.monotonic() + CATALOG_RETRY_S
         if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
-            self._refused(f"catalog: {error}")
+            self.refused(f"catalog: {error}")
             self.begin_full()  # retention needs the catalog too
             return
         desk.counters.add("write_errors")

@@ -128,6 +128,12 @@ def free_bytes(path: str) -> int:
     return found.f_bavail * found.f_frsize
 
 
+def size_bytes(path: str) -> int:
+    """All bytes of the file system."""
+    found = os.statvfs(path)
+    return found.f_blocks * found.f_frsize
+
+
 def _raise(what: str) -> None:
     number = ctypes.get_errno()
     raise OSError(number, os.strerror(number), what)

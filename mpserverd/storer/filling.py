@@ -52,13 +52,15 @@ class Filling:
         """Bytes; 0 while unknown."""
         return self._rate("stored_bytes")
 
-    def time_to_full_s(self, kept_bytes: int, may_grow_bytes: int | None) -> float | None:
-        """None: not at this rate. ``kept_bytes`` must stay free; our segments grow by ``may_grow_bytes`` at most."""
+    def time_to_full_s(self, kept_bytes: int, may_grow_bytes: int | None, retirable_bytes: int = 0) -> float | None:
+        """None: not at this rate. ``kept_bytes`` must stay free; our segments grow by ``may_grow_bytes`` at most. Where
+        ``retirable_bytes`` go for what must stay free, ours make room for themselves, and others use up those too."""
         if not self._looks:
             return None
         last = self._looks[-1]
         room = last.free_bytes - kept_bytes + last.allocated_bytes - last.content_bytes
-        found = until_full_s(room, self._rate("content_bytes"), self._rate("others_bytes"), may_grow_bytes)
+        ours_per_s = 0.0 if retirable_bytes > 0 else self._rate("content_bytes")
+        found = until_full_s(room + max(0, retirable_bytes), ours_per_s, self._rate("others_bytes"), may_grow_bytes)
         return None if found is None or found > FAR_S else found
 
     def _rate(self, name: str) -> float:

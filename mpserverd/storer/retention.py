@@ -113,6 +113,15 @@ class Retention:
             self._failures.catalog_failed(error)
             return 0
 
+    @property
+    def out_of_reach_bytes(self) -> int:
+        """What would be missing to ``min_free_bytes`` without any finished segment. Then none goes for it: it would be
+        lost for nothing."""
+        space = self._desk.space
+        if not space.min_free_bytes:
+            return 0
+        return max(0, space.min_free_bytes - space.free_bytes - space.leaving_bytes - max(0, self._desk.resting_bytes))
+
     # -- choosing
 
     def _too_old(self, now_unix_ns: int) -> list[SegmentRecord]:
@@ -158,7 +167,7 @@ class Retention:
 
     def _over_all(self) -> list[SegmentRecord]:
         desk = self._desk
-        too_much = desk.space.short_bytes
+        too_much = 0 if self.out_of_reach_bytes else desk.space.short_bytes
         if desk.spool.max_bytes:
             too_much = max(too_much, self.spool_bytes() - desk.spool.max_bytes)
         return _enough(desk.catalog.finished_segments(SEGMENTS_MAX), too_much) if too_much > 0 else []
@@ -252,6 +261,7 @@ class Retention:
         if entry.whole:
             desk.to_unlink.append(os.path.join(path, ""))  # so that it is removed only if it is a directory
         desk.resting_bytes -= size
+        desk.space.leaving_bytes += size
         desk.counters.add("segments_retired", len(entry.segments))
         log.event(
             logger,

@@ -22,6 +22,8 @@ BALLAST_SHARE = 64
 _BALLAST_BYTES_MIN = 64 << 10
 HEADROOM_S = 2
 """Retention makes place for what was allocated in so many of its looks, so that nobody has to wait for it."""
+HEADROOM_SHARE = 16
+"""But at most this part of the file system: one burst shall not cost what is kept."""
 
 
 class Space:
@@ -40,6 +42,8 @@ class Space:
         self._taken_bytes = 0
         self.headroom_bytes = 0
         """What segments will ask for soon."""
+        self.leaving_bytes = 0
+        """Of segments that were given up and whose files may still be there."""
         self.measure()
 
     def measure(self) -> None:
@@ -48,7 +52,8 @@ class Space:
     def look(self) -> None:
         """Once a second: measure, and reckon what is asked for soon."""
         self.measure()
-        self.headroom_bytes = max(HEADROOM_S * self._taken_bytes, self.headroom_bytes // 2)
+        wanted = max(HEADROOM_S * self._taken_bytes, self.headroom_bytes // 2)
+        self.headroom_bytes = min(wanted, filesystem.size_bytes(self._streams) // HEADROOM_SHARE)
         self._taken_bytes = 0
 
     @property
@@ -61,7 +66,8 @@ class Space:
         """How much is missing to what must be kept free and to what is asked for. 0 when nothing must be kept free."""
         if not self.min_free_bytes:
             return 0
-        return max(0, self.min_free_bytes + max(self.refused_bytes, self.headroom_bytes) - self.free_bytes)
+        wanted = self.min_free_bytes + max(self.refused_bytes, self.headroom_bytes)
+        return max(0, wanted - self.free_bytes - self.leaving_bytes)
 
     def take(self, count: int) -> None:
         """Raises OSError with ENOSPC when ``count`` more bytes would leave less free than must be kept."""
@@ -91,16 +97,20 @@ class Space:
         self.measure()
         return True
 
+    def _ballast_bytes(self) -> int:
+        try:
+            return os.stat(self._ballast).st_size
+        except OSError:
+            return 0
+
     def _keep_for_catalog(self, count: int) -> None:
         self._reserve_bytes = count if self._one_disk else 0
 
     def make_ballast(self) -> None:
-        """If there is none, and place enough for two."""
-        if os.path.exists(self._ballast):
-            return
+        """If there is none, or only the beginning of one, and place enough for two."""
         found = os.statvfs(self._ballast_in)
         size = min(BALLAST_BYTES_MAX, found.f_blocks * found.f_frsize // BALLAST_SHARE)
-        if size < _BALLAST_BYTES_MIN:
+        if size < _BALLAST_BYTES_MIN or self._ballast_bytes() >= size:
             return
         self._keep_for_catalog(size)
         if found.f_bavail * found.f_frsize < 2 * size + self.min_free_bytes:
@@ -109,6 +119,8 @@ class Space:
             descriptor = os.open(self._ballast, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 filesystem.allocate(descriptor, 0, size)
+                if os.fstat(descriptor).st_size < size:
+                    raise OSError(errno.EOPNOTSUPP, "this file system keeps no place")
                 self._reserve_bytes = 0
             except OSError:
                 os.unlink(self._ballast)

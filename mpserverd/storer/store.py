@@ -120,11 +120,16 @@ class Store:
     def tick(self, now_s: float) -> None:
         """Everything that is neither a cycle nor urgent."""
         desk = self._desk
+        if not desk.to_unlink and not self.background.has_files_to_unlink:
+            desk.space.leaving_bytes = 0
         desk.space.look()
-        if self.retention.apply(now_s, time.time_ns()):
+        self._note_look(now_s)
+        if self.retention.apply(now_s, time.time_ns()) or desk.space.leaving_bytes:
             self.failures.room_was_made()
         elif not desk.space.short_bytes:
             self.failures.try_again()
+        if missing := self.retention.out_of_reach_bytes:
+            self.failures.refused(f"{missing} bytes more than all finished segments hold must stay free")
         self.failures.begin_full()
         desk.space.refused_bytes = 0
         while desk.to_unlink:
@@ -142,17 +147,21 @@ class Store:
         if now_s >= self._next_ballast_s and not self.failures.is_full:
             self._next_ballast_s = now_s + BALLAST_INTERVAL_S
             desk.space.make_ballast()
-        self._gauge(now_s)
+        self._gauge()
 
-    def _gauge(self, now_s: float) -> None:
-        desk, retention = self._desk, self.retention
-        allocated = retention.spool_bytes()
+    def _note_look(self, now_s: float) -> None:
+        """Before anything is given up: what is free and what the segments take must belong together."""
+        retention, space = self.retention, self._desk.space
         content = retention.content_bytes()
-        stored = content + retention.retired_bytes
-        self._filling.note(Look(now_s, content, allocated, desk.space.free_bytes, stored))
+        free = space.free_bytes + space.leaving_bytes
+        self._filling.note(Look(now_s, content, retention.spool_bytes(), free, content + retention.retired_bytes))
+
+    def _gauge(self) -> None:
+        desk, retention = self._desk, self.retention
         may_grow = retention.may_grow_bytes(self._filling.stored_per_s)
-        until_s = self._filling.time_to_full_s(desk.space.kept_bytes, may_grow)
-        desk.counters.set("spool_bytes", allocated)
+        retirable = desk.resting_bytes if desk.space.min_free_bytes else 0
+        until_s = self._filling.time_to_full_s(desk.space.kept_bytes, may_grow, retirable)
+        desk.counters.set("spool_bytes", retention.spool_bytes())
         desk.counters.set("free_bytes", desk.space.free_bytes)
         desk.counters.set("time_to_full_s", NEVER_S if until_s is None else round(until_s))
 

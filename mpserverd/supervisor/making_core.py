@@ -20,6 +20,7 @@ from mpserverd.supervisor.moving import Moving
 from mpserverd.supervisor.resources import (
     SPARE_CONNECTION_ROWS,
     check_memory,
+    check_spool,
     fit_clients,
     wanted_geometry,
 )
@@ -59,6 +60,7 @@ def make_core(config: Config, memory: Memory | None = None) -> Core:
         )
     if memory is None:
         check_memory(config)
+        check_spool(config)
         size = wanted_geometry(config, fit.max_clients)
         state = StateTable.create(connections=size.connections, streams=size.streams, slots=size.slots)
         arena = Arena.create(size_bytes=config.buffers.bytes, chunk_bytes=size.chunk_bytes)

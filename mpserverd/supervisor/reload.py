@@ -26,6 +26,7 @@ from mpserverd.supervisor.child import Child
 from mpserverd.supervisor.children import Children
 from mpserverd.supervisor.connections import Connections
 from mpserverd.supervisor.core import WORKER_SLOTS, Core
+from mpserverd.supervisor.resources import check_spool
 from mpserverd.supervisor.settings import effective
 from mpserverd.supervisor.states import ChildState
 
@@ -101,6 +102,7 @@ class Reload:
     def _prepare(self) -> tuple[Config, list[str], log.Prepared, list[str]]:
         """Everything that can fail. The listeners come last: once they are taken over, nothing fails any more."""
         config, kept = effective(self._core.config, self._read(), self._core.clients_max)
+        check_spool(config)
         self._check_places(config.server.workers)
         targets = log.prepare(config.log, process="supervisor")
         try:

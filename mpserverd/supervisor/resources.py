@@ -1,8 +1,10 @@
-"""Do the limits add up? Memory for the arena, descriptors and chunks for the clients; before anything is made."""
+"""Do the limits add up? Memory for the arena, descriptors and chunks for the clients, the size of the disk; before
+anything is made."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 
 from mpserverd.arena.migrate import Geometry
@@ -67,6 +69,24 @@ def check_memory(config: Config, *, proc: str = "/proc", cgroups: str = "/sys/fs
     """Raise StartError when the arena and the tables do not fit into what is available now."""
     needed = memory_bytes(wanted_geometry(config, config.server.max_clients))
     check_available(needed, proc=proc, cgroups=cgroups)
+
+
+def check_spool(config: Config) -> None:
+    """Raise StartError when more must stay free than the spool's file system has. One that says nothing is passed."""
+    wanted = config.spool.min_free_bytes
+    path = pathlib.Path(config.spool.path) / "streams"  # it may be on a disk of its own
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    try:
+        found = os.statvfs(path)
+    except OSError:
+        return
+    size = found.f_blocks * found.f_frsize
+    if wanted > size:
+        raise StartError(
+            f"spool.min_free_bytes is {wanted}, the file system of {path} has {size} bytes: nothing could be stored; "
+            "lower it, or change spool.path"
+        )
 
 
 def check_available(needed: int, *, proc: str = "/proc", cgroups: str = "/sys/fs/cgroup") -> None:

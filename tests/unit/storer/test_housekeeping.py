@@ -123,6 +123,25 @@ def test_the_ballast_goes_when_the_disk_is_full_and_comes_back(tmp_path: pathlib
     assert not (tmp_path / BALLAST_FILE).exists(), "there is no place for it"
 
 
+def test_a_ballast_of_which_only_the_name_was_made_is_made_whole(tmp_path: pathlib.Path) -> None:
+    """The storer was killed in between."""
+    (tmp_path / BALLAST_FILE).touch()
+    space = Space(str(tmp_path), 0, ballast_in=str(tmp_path))
+    space.make_ballast()
+    assert (tmp_path / BALLAST_FILE).stat().st_size > 0
+
+
+def test_a_burst_asks_for_a_small_part_of_the_disk_at_most(tmp_path: pathlib.Path) -> None:
+    space = Space(str(tmp_path), 0, ballast_in=str(tmp_path))
+    size_bytes = filesystem.size_bytes(str(tmp_path))
+    space.take(1 << 20)
+    space.look()
+    assert space.headroom_bytes == 2 << 20
+    space.take(size_bytes)
+    space.look()
+    assert 2 << 20 < space.headroom_bytes <= size_bytes // 16
+
+
 def test_what_is_kept_free_is_refused_and_remembered(tmp_path: pathlib.Path) -> None:
     space = Space(str(tmp_path), 0, ballast_in=str(tmp_path))
     space.take(1 << 60)

@@ -10,8 +10,10 @@ from collections.abc import Callable
 
 import pytest
 
+from mpserverd.arena.counters import NEVER_S
 from mpserverd.arena.state import Gone, Str, StreamFlag, StreamState
 from mpserverd.config.schema import ClientConfig
+from mpserverd.storer.failures import FULL_OVER_S
 from tests.unit.storer.conftest import RigMaker
 from tests.unit.storer.rig import CHUNK, Rig, content
 
@@ -185,6 +187,69 @@ def test_disk_space_that_must_stay_free_is_made_by_retention(make_rig: RigMaker,
     rig.desk.space.measure = lambda: None  # type: ignore[method-assign]
     tick(rig)
     assert client.word(Str.FIRST_OFFSET) >= 2 * SEGMENT
+
+
+def test_nothing_is_given_up_for_free_space_that_all_of_it_could_not_make(make_rig: RigMaker) -> None:
+    """A stranger has the disk, or somebody mistyped: the disk is full, once, and what is stored stays."""
+    rig = make_rig(segment_bytes=SEGMENT)
+    client = rig.named("one")
+    client.send_all(8 * SEGMENT)
+    rig.steps(2)
+    rig.desk.space.min_free_bytes = 1 << 50
+    for _ in range(3):
+        tick(rig)
+    assert client.word(Str.FIRST_OFFSET) == 0
+    assert rig.counter("full") == 1
+    client.send(1600)
+    rig.steps(2)
+    rig.assert_stored(client, upto=8 * SEGMENT)
+    rig.desk.space.min_free_bytes = 0
+    rig.steps(6)
+    rig.assert_stored(client)
+    rig.store.failures._refused_s -= FULL_OVER_S
+    tick(rig)
+    events = [message.payload["event"] for message in rig.desk.outbox if message.payload]
+    assert events == ["spool full: nothing more is stored", "spool has room again"]
+
+
+def test_what_is_being_unlinked_is_not_made_up_for_with_more(make_rig: RigMaker) -> None:
+    """Unlinking may take longer than a second."""
+    rig = make_rig(segment_bytes=SEGMENT)
+    client = rig.fresh("peer")
+    client.send_all(8 * SEGMENT)
+    rig.steps(2)
+    rig.desk.space.min_free_bytes = rig.desk.space.free_bytes + 2 * SEGMENT
+    rig.desk.space.measure = lambda: None  # type: ignore[method-assign]
+    rig.desk.space.look = lambda: None  # type: ignore[method-assign]
+    for _ in range(3):
+        rig.store.retention.apply(rig.now_s, time.time_ns())
+    assert client.word(Str.FIRST_OFFSET) == 2 * SEGMENT
+
+
+def test_a_disk_on_which_retention_makes_room_is_not_about_to_fill(make_rig: RigMaker) -> None:
+    """The free space goes up and down by whole segments; only others can fill such a disk."""
+    rig = make_rig(chunks=200, segment_bytes=4 * SEGMENT)
+    client = rig.fresh("peer", 16)
+    space = rig.desk.space
+    others = 0
+
+    def measure() -> None:
+        space.free_bytes = 48 * SEGMENT - others - sum(path.stat().st_size for path in rig.spool.glob("*/*/0*[gw]"))
+
+    space.measure = measure  # type: ignore[method-assign]
+    space.min_free_bytes = 8 * SEGMENT
+    found = []
+    for second in range(200):
+        client.send_all(SEGMENT // 2)
+        rig.step()
+        if second > 160:
+            others += SEGMENT // 4
+        rig.now_s += 1
+        tick(rig)
+        found.append(rig.counter("time_to_full_s"))
+    assert client.word(Str.FIRST_OFFSET) > 40 * SEGMENT
+    assert set(found[20:160]) == {NEVER_S}
+    assert 0 < found[-1] < NEVER_S
 
 
 def test_streams_that_end_between_two_looks_are_cut_at_once(make_rig: RigMaker) -> None:

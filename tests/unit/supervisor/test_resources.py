@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 
 import pytest
 
-from mpserverd.config.schema import BuffersConfig, Config, ServerConfig
+from mpserverd.config.schema import BuffersConfig, Config, ServerConfig, SpoolConfig
 from mpserverd.errors import StartError
-from mpserverd.supervisor.resources import check_memory, fit_clients
+from mpserverd.supervisor.resources import check_memory, check_spool, fit_clients
 
 MIB = 1 << 20
 
@@ -78,3 +79,13 @@ def test_the_limit_of_a_group_above_ours_counts(tmp_path: pathlib.Path) -> None:
 
 def test_a_system_that_hides_its_memory_stops_nobody(tmp_path: pathlib.Path) -> None:
     check(tmp_path)
+
+
+def test_more_free_space_than_the_disk_is_large_is_an_error_with_both_numbers(tmp_path: pathlib.Path) -> None:
+    """Also where the spool is yet to be made."""
+    found = os.statvfs(tmp_path)
+    size = found.f_blocks * found.f_frsize
+    path = str(tmp_path / "not" / "there")
+    check_spool(Config(spool=SpoolConfig(path=path, min_free_bytes=size)))
+    with pytest.raises(StartError, match=f"min_free_bytes is {size + 1}, the file system of .* has {size} bytes"):
+        check_spool(Config(spool=SpoolConfig(path=path, min_free_bytes=size + 1)))
