@@ -123,7 +123,8 @@ class Catalog:
         run(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
         run(f"PRAGMA journal_size_limit = {_LOG_BYTES_MAX}")
         with self.transaction():
-            run(f"PRAGMA application_id = {APPLICATION_ID}")
+            if run("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:  # a full disk takes not even the same
+                run(f"PRAGMA application_id = {APPLICATION_ID}")
             for statement in _SCHEMA:
                 run(statement)
             run("INSERT OR IGNORE INTO meta VALUES ('layout_version', ?)", (LAYOUT_VERSION,))
@@ -362,7 +363,7 @@ def todo(error: sqlite3.Error) -> str:
     """The next step after an error of the start."""
     if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return "stop the daemon and run mpserverctl repair, which sets it aside and makes it anew from the segments"
-    return "check the permissions of [spool] path and the disk"
+    return "check the permissions of [spool] path, the disk, and that it is not full (df -h)"
 
 
 def _record(found: Sequence[object]) -> StreamRecord:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 
 from mpserverd.arena.chunks import Arena
 from mpserverd.arena.launch import Launch
 from mpserverd.arena.state import StateTable
-from mpserverd.config.schema import Sync
+from mpserverd.config.schema import SpoolConfig, Sync
 from mpserverd.errors import StartError
 from mpserverd.net.fdlimit import raise_descriptor_limit
 from mpserverd.storer import filesystem
@@ -28,7 +29,7 @@ def open_desk(launch: Launch, state: StateTable, arena: Arena) -> Desk:
     streams = os.path.join(spool.path, STREAMS_DIRECTORY)  # it may be on another disk than the catalog
     space = Space(streams, spool.min_free_bytes, ballast_in=spool.path)
     require_catalog(spool.path, streams)
-    catalog = Catalog(spool.path, durable=spool.sync is Sync.DURABLE)
+    catalog = _open_catalog(spool, space)
     found = filesystem.probe(streams)
     counters = Counters(state, launch.slot)
     counters.set("direct", int(found.direct))
@@ -44,6 +45,18 @@ def open_desk(launch: Launch, state: StateTable, arena: Arena) -> Desk:
         files=OpenFiles(max(8, raise_descriptor_limit() - OTHER_DESCRIPTORS)),
         root=os.open(streams, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC),
     )
+
+
+def _open_catalog(spool: SpoolConfig, space: Space) -> Catalog:
+    """Raises StartError. On a full disk the ballast is given up for it: what makes room must be committed."""
+    durable = spool.sync is Sync.DURABLE
+    try:
+        return Catalog(spool.path, durable=durable)
+    except StartError as error:
+        why = error.__cause__
+        if not (isinstance(why, sqlite3.Error) and space.is_reason_of(why) and space.drop_ballast()):
+            raise
+    return Catalog(spool.path, durable=durable)
 
 
 def _make_directories(path: str) -> None:

@@ -95,15 +95,16 @@ class Failures:
     def is_full(self) -> bool:
         return self._full
 
-    def begin_full(self) -> None:
-        """Say it once, if something was refused. The ballast goes first: what makes room must be committed."""
+    def begin_full(self) -> bool:
+        """Say it once, if something was refused. The ballast goes first: what makes room must be committed. True when
+        there was one."""
         desk, why = self._desk, self._why
         self._why = ""
         if not why:
-            return
-        desk.space.drop_ballast()
+            return False
+        dropped = desk.space.drop_ballast()
         if self._full:
-            return
+            return dropped
         self._full = True
         self._full_since_s = time.monotonic()
         desk.counters.set("full", 1)
@@ -119,6 +120,7 @@ class Failures:
             next=f"free space on the file system of {desk.streams_path}, "
             "or lower [spool] max_bytes, max_age_s or min_free_bytes",
         )
+        return dropped
 
     def room_was_made(self) -> None:
         """By retention: whoever waits need not wait longer, and what was refused is no full disk."""
@@ -219,14 +221,14 @@ class Failures:
         self._uncommitted.clear()
         return True
 
-    def catalog_failed(self, error: sqlite3.Error) -> None:
-        """The catalog could not be written: nothing is acknowledged, everything is tried again."""
+    def catalog_failed(self, error: sqlite3.Error) -> bool:
+        """The catalog could not be written: nothing is acknowledged, everything is tried again. True when it got the
+        ballast's place now, which a stranger may take soon."""
         desk = self._desk
         self.catalog_retry_s = time.monotonic() + CATALOG_RETRY_S
-        if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
+        if desk.space.is_reason_of(error):
             self.refused(f"catalog: {error}")
-            self.begin_full()  # retention needs the catalog too
-            return
+            return self.begin_full()  # retention needs the catalog too
         desk.counters.add("write_errors")
         suppressed = self._limiter.admit(time.monotonic())
         if suppressed is not None:
@@ -239,3 +241,4 @@ class Failures:
                 error=error,
                 suppressed=suppressed,
             )
+        return False

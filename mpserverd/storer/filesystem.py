@@ -134,6 +134,17 @@ def size_bytes(path: str) -> int:
     return found.f_blocks * found.f_frsize
 
 
+def has_place(directory: str, count: int) -> bool:
+    """Whether a file there may still get so many bytes. Asked by writing them: a quota shows in no number."""
+    try:
+        with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
+            while count > 0:
+                count -= file.write(bytes(min(count, BLOCK_BYTES)))
+    except OSError as error:
+        return error.errno not in NO_SPACE
+    return True
+
+
 def _raise(what: str) -> None:
     number = ctypes.get_errno()
     raise OSError(number, os.strerror(number), what)

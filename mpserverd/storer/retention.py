@@ -105,13 +105,13 @@ class Retention:
         self._try_retire(lambda: [segment for stream, over in excess for segment in self._oldest(stream, over)])
 
     def _try_retire(self, choose: Callable[[], Sequence[SegmentRecord]]) -> int:
-        """Choosing reads the catalog, which may fail as writing to it may."""
+        """Choosing reads the catalog, which may fail as writing to it may. In the ballast's place it is tried again at
+        once, before a stranger takes that."""
         try:
             chosen = choose()
             return self._retire(chosen) if chosen else 0
         except sqlite3.Error as error:
-            self._failures.catalog_failed(error)
-            return 0
+            return self._try_retire(choose) if self._failures.catalog_failed(error) else 0
 
     @property
     def out_of_reach_bytes(self) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import sqlite3
 
 from mpserverd.storer import filesystem
 
@@ -20,6 +21,8 @@ BALLAST_BYTES_MAX = 16 << 20
 BALLAST_SHARE = 64
 """At most this part of the file system."""
 _BALLAST_BYTES_MIN = 64 << 10
+_CATALOG_BYTES = 256 << 10
+"""With less the catalog has no place: a log, its index, and a commit."""
 HEADROOM_S = 2
 """Retention makes place for what was allocated in so many of its looks, so that nobody has to wait for it."""
 HEADROOM_SHARE = 16
@@ -83,6 +86,13 @@ class Space:
     def give_back(self, count: int) -> None:
         self.free_bytes += count
         self._taken_bytes -= count
+
+    def is_reason_of(self, error: sqlite3.Error) -> bool:
+        """Whether the catalog's disk is full. SQLite calls a quota, and a log that cannot be made, by other names."""
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
+            return not filesystem.has_place(self._ballast_in, _CATALOG_BYTES)
+        return code == sqlite3.SQLITE_FULL
 
     # -- ballast
 

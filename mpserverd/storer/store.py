@@ -57,10 +57,13 @@ class Store:
         self._ticked_s = 0.0
 
     def recover(self) -> None:
-        """Raises StartError."""
+        """Raises StartError. On a full disk the ballast is given up for it."""
         try:
             Recovery(self._desk, self._opening, self._gone).run()
         except sqlite3.Error as error:
+            if self._desk.space.is_reason_of(error) and self._desk.space.drop_ballast():
+                self.recover()
+                return
             raise StartError(f"cannot use the catalog {self._desk.catalog.path}: {error}; {todo(error)}") from error
         self._desk.space.make_ballast()
         self._weigh_limits()

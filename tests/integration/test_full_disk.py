@@ -13,9 +13,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.integration import senders
 from tests.integration.crowd import Client, Crowd, MpsClient
 from tests.integration.disks import MIB, fill, free_bytes, mounted, used_bytes
-from tests.integration.driver import Daemon
+from tests.integration.driver import Daemon, connect
 from tests.integration.oracle import StoredStream, sent_digests, sha256, stored_streams
 
 pytestmark = pytest.mark.root
@@ -164,3 +165,80 @@ def test_a_disk_that_the_daemon_fills_goes_on_when_a_limit_makes_room(
         )
         assert ledger["retired_bytes"] > 0
         assert ledger["dropped_bytes"] == ledger["lost_bytes"] == 0
+
+
+def test_a_daemon_starts_on_a_full_disk_and_makes_room(tmp_path: pathlib.Path) -> None:
+    """Stopped, then a stranger takes all that is left; what must stay free is made from the oldest segments."""
+    with mounted(tmp_path, "tmpfs", 80) as disk:
+        settled = settings(disk, min_free_bytes="8 MiB")
+        content = senders.payload(1, 24 * MIB)
+        with Daemon(tmp_path, settled) as daemon:
+            with connect(daemon.port("raw")) as client:
+                client.sendall(content)
+            daemon.wait_until_served(1)
+            daemon.wait_for_total("durable_bytes", len(content))
+            daemon.stop()
+        fill(disk)
+        with Daemon(tmp_path, settled) as daemon:
+            daemon.wait_for(lambda: free_bytes(disk) >= 8 * MIB, what="room")
+            with connect(daemon.port("raw")) as client:
+                client.sendall(content[: 2 * MIB])
+            daemon.wait_for_total("durable_bytes", len(content) + 2 * MIB)
+            assert 8 * MIB <= daemon.ledger()["retired_bytes"] <= 20 * MIB
+            daemon.stop()
+
+
+def test_free_space_out_of_reach_costs_no_segment_and_more_than_the_disk_is_refused(tmp_path: pathlib.Path) -> None:
+    with mounted(tmp_path, "tmpfs", 80) as disk:
+        settled = settings(disk, min_free_bytes="81 MiB")
+        refused = Daemon(tmp_path, settled)
+        try:
+            assert refused.run_to_its_end() == 1, refused.log()
+            assert refused.log_contains(f"min_free_bytes is {81 * MIB}, the file system of {disk} has {80 * MIB}")
+        finally:
+            refused.discard()
+        settled["spool"]["min_free_bytes"] = 0
+        content = senders.payload(2, 8 * MIB)
+        with Daemon(tmp_path, settled) as daemon:
+            with connect(daemon.port("raw")) as client:
+                client.sendall(content)
+            daemon.wait_for_total("durable_bytes", len(content))
+            settled["spool"]["min_free_bytes"] = "81 MiB"
+            daemon.write_config()
+            assert daemon.ctl("reload", check=False).returncode != 0
+            assert daemon.log_contains("reload refused")
+            settled["spool"]["min_free_bytes"] = "40 MiB"
+            fill(disk, leave_bytes=8 * MIB)
+            daemon.reload()
+            daemon.wait_for(lambda: daemon.log_contains(BEGIN), what="a line about the full disk")
+            assert daemon.ledger()["retired_bytes"] == 0
+            settled["spool"]["min_free_bytes"] = 0
+            daemon.reload()
+            daemon.wait_for(lambda: daemon.log_contains(END), what="a line about the end")
+            assert daemon.ledger()["retired_bytes"] == 0
+            (stream,) = stored_streams(daemon.spool)
+            assert stream.content == content
+            daemon.stop()
+
+
+def test_clients_that_may_be_dropped_are_never_stalled_by_a_full_disk(tmp_path: pathlib.Path) -> None:
+    """Every byte is stored or counted as dropped, in whole packets; those of mps wait."""
+    with site(tmp_path, "tmpfs", 80, on_full="drop-oldest") as found:
+        found.crowd.give(160_000)
+        found.run_until_durable()
+        stranger = fill(found.disk)
+        found.crowd.give(1_600_000)
+        found.run_until_full()
+        found.crowd.run(lambda: all(client.is_done for client in found.raw), what="raw clients to be rid of all")
+        stranger.unlink()
+        found.crowd.run(lambda: all(client.acked_bytes == len(client.content) for client in found.mps), what="acks")
+        found.crowd.__exit__()
+        found.daemon.wait_until_quiet()
+        ledger = found.daemon.ledger()
+        assert ledger["dropped_bytes"] > 0
+        assert ledger["dropped_bytes"] % 16 == 0
+        assert ledger["durable_bytes"] + ledger["dropped_bytes"] == found.given_bytes
+        streams = found.streams()
+        for client in found.mps:
+            assert streams[client.name].sha256 == sha256(client.content), client.name
+        found.assert_one_episode()

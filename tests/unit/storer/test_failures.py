@@ -13,12 +13,13 @@ import time
 import pytest
 
 from mpserverd.arena.state import Gone, Str, StreamFlag, StreamState
+from mpserverd.errors import StartError
 from mpserverd.storer import syncing
 from mpserverd.storer.failures import CATALOG_RETRY_S, FULL_OVER_S
-from mpserverd.storer.space import BALLAST_FILE
+from mpserverd.storer.space import BALLAST_FILE, Space
 from tests.mounts import mounted
 from tests.unit.storer.conftest import RigMaker
-from tests.unit.storer.rig import CHUNK, Client, Rig
+from tests.unit.storer.rig import CHUNK, Client, Rig, content
 
 SEGMENT = 64 << 10
 
@@ -466,3 +467,90 @@ def test_a_file_grows_by_what_there_is_when_the_whole_step_does_not_fit(tmp_path
             rig.assert_stored(client, upto=client.word(Str.DURABLE))
         finally:
             rig.close()
+
+
+def spool_on_a_full_disk(disk: pathlib.Path) -> tuple[Rig, Client]:
+    """Stopped properly, with some MiB of finished segments and the ballast; then a stranger takes all that is left."""
+    rig = Rig(disk, chunks=256, segment_bytes=1 << 20, min_free_bytes=4 << 20)
+    client = rig.named("one")
+    client.send_all(20 << 20)
+    rig.steps(2)
+    client.end()
+    rig.steps(2)
+    assert rig.store.put_everything_away()
+    rig.store.close()
+    assert (rig.spool / BALLAST_FILE).stat().st_size
+    take_all_space(disk / "stranger")
+    assert os.statvfs(disk).f_bavail == 0
+    return rig, client
+
+
+@pytest.mark.root
+@root_only
+@pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
+def test_a_start_on_a_full_disk_gives_up_the_ballast_and_makes_room(tmp_path: pathlib.Path, kind: str) -> None:
+    size = "48M"
+    place = tmpfs(tmp_path / "disk", size) if kind == "tmpfs" else ext4(tmp_path / "image", tmp_path / "disk", size)
+    with place as disk:
+        rig, before = spool_on_a_full_disk(disk)
+        rig.store = rig.open()
+        try:
+            again = rig.named("one", seed=before.seed)
+            assert again.word(Str.DURABLE) == before.sent
+            again.send(64_000)
+            deadline_s = time.monotonic() + 30
+            while again.word(Str.DURABLE) < again.sent or rig.desk.space.free_bytes < 4 << 20:
+                assert time.monotonic() < deadline_s
+                rig.step()
+                rig.store.tick(rig.now_s)
+            first = again.word(Str.FIRST_OFFSET)
+            assert 0 < first < 16 << 20
+            assert rig.stored("one") == content(again.seed, first, again.sent)
+        finally:
+            rig.close()
+
+
+@pytest.mark.root
+@root_only
+def test_a_start_on_a_full_disk_without_a_ballast_says_what_to_do(tmp_path: pathlib.Path) -> None:
+    with tmpfs(tmp_path / "disk", "48M") as disk:
+        rig, _ = spool_on_a_full_disk(disk)
+        (rig.spool / BALLAST_FILE).unlink()
+        take_all_space(disk / "stranger-2")
+        with pytest.raises(StartError, match="not full"):
+            rig.open()
+        (disk / "stranger-2").unlink()
+        rig.store = rig.open()
+        rig.close()
+
+
+@pytest.mark.root
+@root_only
+def test_room_is_made_at_once_with_the_ballast_s_place(tmp_path: pathlib.Path) -> None:
+    """Before a stranger takes it: in the same look, not in the next one."""
+    with tmpfs(tmp_path / "disk", "48M") as disk:
+        rig, _ = spool_on_a_full_disk(disk)
+        (disk / "stranger").unlink()
+        rig.store = rig.open()
+        try:
+            rig.desk.catalog._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            take_all_space(disk / "stranger")
+            rig.desk.space.look()
+            assert rig.store.retention.apply(rig.now_s, time.time_ns()) >= 4 << 20
+            assert not (rig.spool / BALLAST_FILE).exists()
+        finally:
+            rig.close()
+
+
+@pytest.mark.root
+@root_only
+def test_an_error_of_the_catalog_is_a_full_disk_only_where_nothing_more_can_be_written(tmp_path: pathlib.Path) -> None:
+    """A quota, or a log's index that cannot grow, is an I/O error to SQLite."""
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorcode = sqlite3.SQLITE_IOERR_SHMSIZE
+    with tmpfs(tmp_path / "disk", "4M") as disk:
+        space = Space(str(disk), 0, ballast_in=str(disk))
+        assert not space.is_reason_of(error)
+        take_all_space(disk / "stranger")
+        assert space.is_reason_of(error)
+        assert not space.is_reason_of(sqlite3.OperationalError("database is locked"))
