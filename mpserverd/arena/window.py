@@ -239,7 +239,9 @@ class StreamWindow:
     def _publish(self, index: int) -> None:
         """Make a leased chunk the stream's next one."""
         size = self.chunk_bytes
-        base = self.chunks[-1].end if self.chunks else self.position - self.position % size
+        base = self.position - self.position % size
+        if self.chunks:  # its last one may have been dropped a moment ago: then they end below
+            base = max(base, self.chunks[-1].end)
         self._serial += 1
         self._table.publish(index, self.number, base, max(base, self.position), self._serial)
         self.chunks.append(HeldChunk(index, index * size, base, base + size, self._serial))

@@ -200,10 +200,11 @@ class Connection:
         window, sock = self.window, self.sock
         for _ in range(READS_A_TURN):
             places = window.room(self._wanted)
-            if not places and not self._make_room():
+            if not places and self._make_room():
+                places = window.room(self._wanted)
+            if not places:  # reading into none would give 0 bytes, which is how a connection's end looks
                 self.mark_blocked(True)
                 return CloseReason.NONE
-            places = places or window.room(self._wanted)
             try:
                 count = sock.recv_into(places[0]) if len(places) == 1 else sock.recvmsg_into(places)[0]
             except BlockingIOError:

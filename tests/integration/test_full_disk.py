@@ -203,16 +203,17 @@ def test_free_space_out_of_reach_costs_no_segment_and_more_than_the_disk_is_refu
             with connect(daemon.port("raw")) as client:
                 client.sendall(content)
             daemon.wait_for_total("durable_bytes", len(content))
-            settled["spool"]["min_free_bytes"] = "81 MiB"
+            spool = daemon.settings["spool"]
+            spool["min_free_bytes"] = "81 MiB"
             daemon.write_config()
             assert daemon.ctl("reload", check=False).returncode != 0
             assert daemon.log_contains("reload refused")
-            settled["spool"]["min_free_bytes"] = "40 MiB"
+            spool["min_free_bytes"] = "40 MiB"
             fill(disk, leave_bytes=8 * MIB)
             daemon.reload()
             daemon.wait_for(lambda: daemon.log_contains(BEGIN), what="a line about the full disk")
             assert daemon.ledger()["retired_bytes"] == 0
-            settled["spool"]["min_free_bytes"] = 0
+            spool["min_free_bytes"] = 0
             daemon.reload()
             daemon.wait_for(lambda: daemon.log_contains(END), what="a line about the end")
             assert daemon.ledger()["retired_bytes"] == 0
@@ -230,6 +231,7 @@ def test_clients_that_may_be_dropped_are_never_stalled_by_a_full_disk(tmp_path: 
         found.crowd.give(1_600_000)
         found.run_until_full()
         found.crowd.run(lambda: all(client.is_done for client in found.raw), what="raw clients to be rid of all")
+        found.crowd.run(lambda: found.daemon.account("dropped_bytes"), what="dropped packets")
         stranger.unlink()
         found.crowd.run(lambda: all(client.acked_bytes == len(client.content) for client in found.mps), what="acks")
         found.crowd.__exit__()

@@ -236,3 +236,23 @@ def test_positions_of_the_catalog_balance_at_any_moment(rig: Rig) -> None:
         socket, durable, lost, truncated, handshake, gaps = (int(str(value)) for value in row)
         assert socket == durable - lost + truncated + handshake
         assert gaps == client.sent // 7
+
+
+@pytest.mark.parametrize("chunks", [3, 4, 5, 6, 8])
+def test_a_dropped_chunk_s_place_takes_what_comes_next(make_rig: RigMaker, chunks: int) -> None:
+    """Also when it was the last one: room for no byte would be read as the end of the connection."""
+    rig = make_rig(chunks=chunks)
+    client = rig.fresh("peer", 16, StreamFlag.STORE | StreamFlag.DROP_OLDEST)
+    dropped = 0
+    for number in range(60):
+        client.receive(CHUNK)
+        client.offer()
+        if not client.window.room(CHUNK):
+            dropped += client.window.drop_oldest()
+        assert all(len(place) for place in client.window.room(CHUNK))
+        if number % 7 == 6:
+            rig.step()
+    assert dropped
+    client.end()
+    rig.steps(4)
+    rig.assert_stored(client, "peer")
