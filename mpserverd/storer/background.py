@@ -14,10 +14,13 @@ import hashlib
 import logging
 import os
 import threading
+import time
+from collections.abc import Iterable
 
 from mpserverd import log
 from mpserverd.log import MessageId
 from mpserverd.storer.advice import advice
+from mpserverd.storer.sidecar import remove_retired
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +58,7 @@ class Background:
         return bool(self._sealed)
 
     def unlink(self, path: str) -> None:
-        """A file, or a directory that is empty by then."""
+        """A file, or the directory of a retired stream: that ends with a slash."""
         self._paths.append(path)
         self._ask()
 
@@ -69,6 +72,13 @@ class Background:
         self._asked.set()
         if self._thread is not None:
             self._thread.join()
+
+    def finish(self, paths: Iterable[str], until_s: float) -> None:
+        """For a stop: close, and unlink these and what is left, until then (monotonic). The rest is a successor's."""
+        self.close()
+        self._paths.extend(paths)
+        while self._paths and time.monotonic() < until_s:
+            _unlink(self._paths.popleft())
 
     def _ask(self) -> None:
         if self._thread is None:
@@ -142,11 +152,11 @@ class Background:
 
 def _unlink(path: str) -> None:
     try:
-        os.unlink(path)
+        if path.endswith(os.sep):
+            remove_retired(path)
+        else:
+            os.unlink(path)
     except FileNotFoundError:
         return
-    except IsADirectoryError:
-        with contextlib.suppress(OSError):  # a file that was set aside keeps it
-            os.rmdir(path)
     except OSError as error:
         log.event(logger, logging.ERROR, "retired file not removed", file=path, error=advice(error))

@@ -171,6 +171,8 @@ class Recovery:
                 if record is not None:
                     seen.add(entry.name)
                     self._look_into(entry.path, record, firsts.get(record.id, set()), live.get(record.id, math.inf))
+                elif sidecar.is_retired(entry.path):
+                    self._remove_retired(entry.path)
                 elif not entry.name.endswith(".aside"):
                     self._set_aside("directory unknown to the catalog set aside", entry.path)
         for name in known.keys() - seen:
@@ -192,7 +194,11 @@ class Recovery:
         for name in names:
             stem, suffix = os.path.splitext(name)
             first = int(stem) if suffix in (*_SUFFIXES, ".new") and stem.isdecimal() else -1
-            if name == IDENTITY_FILE:
+            if name == sidecar.RETIRED_FILE:
+                with contextlib.suppress(OSError):
+                    sidecar.take_back(path)
+                    identified = True
+            elif name == IDENTITY_FILE:
                 identified = True
             elif first in expected and suffix in _SUFFIXES:
                 if suffix == ".seg":
@@ -208,6 +214,12 @@ class Recovery:
         if not identified:
             with contextlib.suppress(OSError):  # of an older version; without it repair knows less, and says so
                 sidecar.put(path, sidecar.identity_of(record))
+
+    def _remove_retired(self, path: str) -> None:
+        try:
+            sidecar.remove_retired(path)
+        except OSError as error:
+            self._say("directory of a retired stream cannot be removed", fault=advice(error))
 
     def _remove(self, path: str) -> None:
         try:

@@ -25,7 +25,7 @@ from mpserverd.storer.failures import Failures
 from mpserverd.storer.live import Desk, LiveStream
 from mpserverd.storer.plan import overlap
 from mpserverd.storer.segment_file import index_name, segment_name
-from mpserverd.streams.sidecar import IDENTITY_FILE, holes_name
+from mpserverd.streams.sidecar import holes_name
 
 logger = logging.getLogger(__name__)
 
@@ -161,9 +161,13 @@ class Retention:
         return own or self._desk.spool.max_bytes_per_stream
 
     def _oldest(self, stream: int, too_much: int) -> list[SegmentRecord]:
-        return (
-            _enough(self._desk.catalog.finished_segments(SEGMENTS_MAX, stream=stream), too_much) if too_much > 0 else []
-        )
+        """By offsets, as the limit is: a hole between two segments goes with the first, and may be enough."""
+        catalog = self._desk.catalog
+        record = catalog.by_id(stream) if too_much > 0 else None
+        if record is None:
+            return []
+        first_kept = record.first_offset + too_much
+        return [s for s in catalog.finished_segments(SEGMENTS_MAX, stream=stream) if s.first < first_kept]
 
     def _over_all(self) -> list[SegmentRecord]:
         desk = self._desk
@@ -227,8 +231,8 @@ class Retention:
             record = dataclasses.replace(record, retired=record.retired + entry.bytes)
             catalog.add_totals(named_totals(totals_of_record(record)))
             catalog.remove_stream(record.id)
-            with contextlib.suppress(OSError):  # so that a directory with an identity and without a row is never this
-                os.unlink(os.path.join(self._desk.path_of(record.directory), IDENTITY_FILE))
+            with contextlib.suppress(OSError):  # then it is set aside, should it outlive us
+                sidecar.retire(self._desk.path_of(record.directory))
 
     def _note_start(self, stream: int) -> None:
         """No segment says any more how far the stream was: its identity does, for repair."""
@@ -259,7 +263,7 @@ class Retention:
             if entry.record.stored_holes:
                 desk.to_unlink.append(os.path.join(path, holes_name(segment.first)))
         if entry.whole:
-            desk.to_unlink.append(os.path.join(path, ""))  # so that it is removed only if it is a directory
+            desk.to_unlink.append(os.path.join(path, ""))  # the directory
         desk.resting_bytes -= size
         desk.space.leaving_bytes += size
         desk.counters.add("segments_retired", len(entry.segments))

@@ -14,6 +14,10 @@ from mpserverd.storer.catalog import StreamRecord
 from mpserverd.storer.segment_file import FILE_MODE
 from mpserverd.streams.sidecar import HOLE_ENTRY, IDENTITY_FILE, Identity, encode_holes, holes_name
 
+RETIRED_FILE = "stream.retired"
+"""What the identity is called when retention has given up all of a stream that nobody will continue."""
+STREAM_SUFFIXES = (".seg", ".idx", ".holes", ".new")
+
 
 def identity_of(record: StreamRecord) -> bytes:
     """Content of ``stream.json``."""
@@ -40,6 +44,31 @@ def put(directory: str, identity: bytes) -> None:
             os.ftruncate(descriptor, len(identity))
     finally:
         os.close(descriptor)
+
+
+def retire(directory: str) -> None:
+    """Before the stream's row goes: its files are nobody's then, and a storer that finds them removes them."""
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(os.path.join(directory, IDENTITY_FILE), os.path.join(directory, RETIRED_FILE))
+
+
+def is_retired(directory: str) -> bool:
+    return os.path.lexists(os.path.join(directory, RETIRED_FILE))
+
+
+def take_back(directory: str) -> None:
+    """A storer was killed before the row went."""
+    os.rename(os.path.join(directory, RETIRED_FILE), os.path.join(directory, IDENTITY_FILE))
+
+
+def remove_retired(directory: str) -> None:
+    """The directory of a stream that has no row any more, all but what was set aside there. Raises OSError."""
+    for name in os.listdir(directory):
+        if name.endswith(STREAM_SUFFIXES):
+            os.unlink(os.path.join(directory, name))
+    if os.listdir(directory) == [RETIRED_FILE]:
+        os.unlink(os.path.join(directory, RETIRED_FILE))
+        os.rmdir(directory)
 
 
 def sync(directory: str) -> None:

@@ -34,6 +34,8 @@ BUSY_BYTES_PER_S = 64 << 20
 """While so much is written, no checksums are made."""
 SUMS_AHEAD = 64
 BALLAST_INTERVAL_S = 10.0
+UNLINK_AT_STOP_S = 2.0
+"""A daemon that stops removes retired files for so long; the rest is its successor's."""
 
 
 class Store:
@@ -106,7 +108,7 @@ class Store:
 
     def put_everything_away(self) -> bool:
         """The daemon stops: every file is cut and every stream said to be disconnected. False: try again."""
-        self.retention.apply(time.monotonic(), time.time_ns())  # the last second's; a successor removes the files
+        self.retention.apply(time.monotonic(), time.time_ns())  # the last second's
         try:
             streams = [stream for stream in self._desk.streams.values() if stream.catalog_id]
             self._leaving.put_away(streams)
@@ -116,6 +118,7 @@ class Store:
         except sqlite3.Error as error:
             self.failures.catalog_failed(error)
             return False
+        self.background.finish(self._desk.to_unlink, time.monotonic() + UNLINK_AT_STOP_S)
         return True
 
     # -- once a second

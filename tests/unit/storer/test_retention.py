@@ -13,7 +13,9 @@ import pytest
 from mpserverd.arena.counters import NEVER_S
 from mpserverd.arena.state import Gone, Str, StreamFlag, StreamState
 from mpserverd.config.schema import ClientConfig
+from mpserverd.storer import sidecar
 from mpserverd.storer.failures import FULL_OVER_S
+from mpserverd.streams.sidecar import IDENTITY_FILE
 from tests.unit.storer.conftest import RigMaker
 from tests.unit.storer.rig import CHUNK, Rig, content
 
@@ -144,6 +146,71 @@ def test_a_stream_that_left_goes_wholly_but_its_totals_stay(make_rig: RigMaker) 
     assert rig.stored("one") == content(2, named.sent, again.sent)
 
 
+def retired_whole(make_rig: RigMaker) -> Rig:
+    """A stream without a name of its own left, and is old; its row is gone, its files are not."""
+    rig = make_rig(segment_bytes=SEGMENT, max_age_s=1.0)
+    client = rig.fresh("peer", 16)
+    client.send_all(3 * SEGMENT + 320)
+    client.end()
+    rig.steps(3)
+    rig.store.retention.apply(rig.now_s, time.time_ns() + 2_000_000_000)
+    assert rig.one("SELECT count(*) FROM stream") == 0
+    assert len(seg_files(rig)) == 4
+    return rig
+
+
+def directories(rig: Rig) -> list[str]:
+    return sorted(path.name for path in (rig.spool / "streams").iterdir())
+
+
+def test_a_stream_that_was_given_up_wholly_is_removed_by_the_successor_of_a_killed_storer(make_rig: RigMaker) -> None:
+    rig = retired_whole(make_rig)
+    rig.restart()
+    assert directories(rig) == []
+    assert not rig.desk.outbox
+
+
+def test_a_stream_that_was_given_up_wholly_is_removed_before_a_stop(make_rig: RigMaker) -> None:
+    rig = retired_whole(make_rig)
+    assert rig.store.put_everything_away()
+    assert directories(rig) == []
+    rig.restart()
+    assert not rig.desk.outbox
+
+
+def test_what_was_set_aside_in_a_stream_that_was_given_up_stays(make_rig: RigMaker) -> None:
+    rig = retired_whole(make_rig)
+    kept = rig.spool / "streams" / "peer" / "00000000000000000000.seg.2.aside"
+    kept.write_bytes(b"x")
+    for _ in range(2):
+        rig.restart()
+        assert kept.read_bytes() == b"x"
+        assert seg_files(rig) == []
+        assert not rig.desk.outbox
+
+
+def test_a_stream_whose_row_did_not_go_keeps_its_identity(make_rig: RigMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed right before the commit."""
+    rig = make_rig(segment_bytes=SEGMENT, max_age_s=1.0)
+    client = rig.fresh("peer", 16)
+    client.send_all(3 * SEGMENT)
+    client.end()
+    rig.steps(3)
+    identity = (rig.spool / "streams" / "peer" / IDENTITY_FILE).read_bytes()
+
+    def fail(_: int) -> None:
+        raise sqlite3.OperationalError("killed here")
+
+    real = sidecar.retire
+    with monkeypatch.context() as patch:
+        patch.setattr(sidecar, "retire", lambda directory: (real(directory), fail(0)))
+        rig.store.retention.apply(rig.now_s, time.time_ns() + 2_000_000_000)
+    assert not (rig.spool / "streams" / "peer" / IDENTITY_FILE).exists()
+    rig.restart()
+    assert (rig.spool / "streams" / "peer" / IDENTITY_FILE).read_bytes() == identity
+    rig.assert_stored(client, "peer")
+
+
 def test_a_kill_between_commit_and_unlink_leaves_no_file_behind(make_rig: RigMaker) -> None:
     rig = make_rig(segment_bytes=SEGMENT, max_bytes_per_stream=2 * SEGMENT)
     client = rig.named("one")
@@ -166,16 +233,18 @@ def test_holes_in_retired_segments_are_not_counted_as_retired(make_rig: RigMaker
         client.receive(CHUNK)
         client.offer()
         client.window.drop_oldest()
+    client.receive(1600)
+    client.offer()
     rig.steps(2)
     client.end()
     rig.steps(4)
     assert client.state() is StreamState.FREE
-    holes = int(str(rig.one("SELECT coalesce(sum(end - first), 0) FROM hole")))
-    assert holes
+    assert rig.gone(Gone.DROPPED_BYTES)
     rig.store.retention.apply(rig.now_s + 100, time.time_ns())
     first = int(str(rig.one("SELECT first_offset FROM stream")))
+    assert first
     left = int(str(rig.one("SELECT coalesce(sum(end - max(first, ?)), 0) FROM hole WHERE end > ?", first, first)))
-    assert rig.gone(Gone.RETIRED_BYTES) <= first - (holes - left)
+    assert rig.gone(Gone.DURABLE_BYTES) - rig.gone(Gone.RETIRED_BYTES) == client.sent - first - left
 
 
 def test_disk_space_that_must_stay_free_is_made_by_retention(make_rig: RigMaker, tmp_path: pathlib.Path) -> None:
