@@ -52,5 +52,9 @@ def free_bytes(disk: pathlib.Path) -> int:
 
 
 def used_bytes(spool: pathlib.Path) -> int:
-    """What the segments take on the disk."""
-    return sum(path.stat().st_blocks * 512 for path in (spool / "streams").rglob("*.seg"))
+    """What the segments take on the disk; they may be unlinked meanwhile."""
+    used = 0
+    for path in (spool / "streams").rglob("*.seg"):
+        with contextlib.suppress(FileNotFoundError):
+            used += path.stat().st_blocks * 512
+    return used
