@@ -40,11 +40,13 @@ def early_name(first: int) -> str:
 
 
 class SegmentFile:
-    """``allocated`` is the file's length. ``in_catalog``: its row is committed. ``fresh``: made empty by us."""
+    """``allocated`` is the file's length. ``in_catalog``: its row is committed. ``fresh``: made empty by us.
+    ``device``: of the file system that it is on, which may be another one behind a link."""
 
     __slots__ = (
         "allocated",
         "block",
+        "device",
         "directory",
         "early",
         "fd",
@@ -61,7 +63,7 @@ class SegmentFile:
         self.limit = limit
         self.block = BLOCK_BYTES if direct and first % BLOCK_BYTES == 0 and limit % BLOCK_BYTES == 0 else 1
         self.fd = -1
-        self.allocated = 0
+        self.allocated = self.device = 0
         self.fresh = self.in_catalog = self.index_mended = self.early = False
 
     @property
@@ -74,13 +76,15 @@ class SegmentFile:
         try:
             self.fd = self._open(os.O_CREAT | os.O_EXCL)
             self.fresh = True
+            self.device = os.fstat(self.fd).st_dev
         except FileExistsError:
             self.open()
 
     def open(self) -> None:
         """Open a file that is there. Raises FileNotFoundError."""
         self.fd = self._open(0)
-        self.allocated = os.fstat(self.fd).st_size
+        found = os.fstat(self.fd)
+        self.allocated, self.device = found.st_size, found.st_dev
 
     def _open(self, flags: int) -> int:
         flags |= os.O_RDWR | os.O_CLOEXEC

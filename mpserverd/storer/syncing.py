@@ -2,6 +2,7 @@
 
 One file: fdatasync. Many: one syncfs, which on ext4 flushes the device; on xfs it may find a clean log and flush
 nothing, so one of the files is fdatasynced after it. New names need their directories synced; a syncfs does that too.
+A stream's directory may be a link to another file system, of which a syncfs knows nothing: its files go one by one.
 
 A failed sync is not repeated: the kernel says it once, and a second call would claim that all is well.
 """
@@ -33,28 +34,38 @@ class Syncing:
         self._desk = desk
         self._wanted = wanted
         self._avoid_until_s = 0.0
+        self._device = os.fstat(desk.root).st_dev
 
     def sync(self, works: Sequence[Work]) -> None:
-        indexes = [part.index_fd for work in works for part in work.parts if part.index_fd >= 0]
         try:
             if self._wanted:
-                self._sync([work for work in works if work.error is None and work.touched], indexes)
+                self._sync([work for work in works if work.error is None and work.touched])
         finally:
-            for descriptor in [*indexes, *(note for work in works for note in work.notes)]:
+            for descriptor in [*_indexes(works), *(note for work in works for note in work.notes)]:
                 os.close(descriptor)
         for work in works:
             if work.error is None and work.touched:
                 work.stream.directory_synced = True
 
-    def _sync(self, works: Sequence[Work], indexes: Sequence[int]) -> None:
-        count = sum(len(work.touched) for work in works)
-        if not count:
-            return
-        whole = self._desk.filesystem.whole_sync
-        if count >= WHOLE_SYNC_FILES and whole is not WholeSync.NONE and time.monotonic() >= self._avoid_until_s:
-            self._sync_whole(works, count)
-        else:
-            self._sync_each(works, indexes)
+    def _sync(self, works: Sequence[Work]) -> None:
+        whole, alone = self._desk.filesystem.whole_sync, works
+        if whole is not WholeSync.NONE and time.monotonic() >= self._avoid_until_s:
+            together, alone = self._parted(works)
+            count = sum(len(work.touched) for work in together)
+            if count >= WHOLE_SYNC_FILES:
+                self._sync_whole(together, count)
+            else:
+                alone = works
+        if alone:
+            self._sync_each(alone)
+
+    def _parted(self, works: Sequence[Work]) -> tuple[Sequence[Work], Sequence[Work]]:
+        """Those whose files are all on the spool's file system, and the others."""
+        if {file.device for work in works for file in work.touched} <= {self._device}:  # 1 ms with 10,000 streams
+            return works, []
+        elsewhere = [any(file.device != self._device for file in work.touched) for work in works]
+        pairs = list(zip(works, elsewhere, strict=True))
+        return [work for work, is_there in pairs if not is_there], [work for work, is_there in pairs if is_there]
 
     def _sync_whole(self, works: Sequence[Work], count: int) -> None:
         began_s = time.monotonic()
@@ -69,7 +80,7 @@ class Syncing:
         if took_s > SLOW_SYNC_S and count < SLOW_SYNC_FILES_MAX:
             self._avoid_until_s = began_s + took_s + AVOID_S
 
-    def _sync_each(self, works: Sequence[Work], indexes: Sequence[int]) -> None:
+    def _sync_each(self, works: Sequence[Work]) -> None:
         syncs = 0
         for work in works:
             for file in work.touched:
@@ -84,7 +95,7 @@ class Syncing:
                     os.fdatasync(descriptor)
                 except OSError as error:
                     work.fail_sync(error)
-        for descriptor in indexes:
+        for descriptor in _indexes(works):
             syncs += 1
             _sync_quietly(descriptor)
         self._desk.counters.add("syncs", syncs)
@@ -111,6 +122,10 @@ def sync_whole(desk: Desk, descriptor: int) -> None:
     filesystem.syncfs(desk.root)
     if desk.filesystem.whole_sync is WholeSync.SYNCFS_AND_FILE:
         os.fdatasync(descriptor)
+
+
+def _indexes(works: Sequence[Work]) -> list[int]:
+    return [part.index_fd for work in works for part in work.parts if part.index_fd >= 0]
 
 
 def _sync_quietly(descriptor: int) -> None:

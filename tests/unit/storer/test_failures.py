@@ -6,8 +6,10 @@ import contextlib
 import os
 import pathlib
 import resource
+import shutil
 import sqlite3
 import subprocess
+import tempfile
 import time
 
 import pytest
@@ -132,6 +134,40 @@ def test_a_failed_syncfs_counts_for_every_file_that_it_covered(
     assert rig.one("SELECT count(*) FROM segment WHERE state = 'aside'") == len(clients) - 1
     for client in clients:
         rig.assert_stored(client)
+
+
+def test_files_behind_a_link_to_another_file_system_are_synced_by_themselves(
+    make_rig: RigMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A syncfs of the spool's knows nothing of them."""
+    rig = make_rig(chunks=128)
+    if rig.desk.filesystem.whole_sync.value == "none" or os.stat("/dev/shm").st_dev == os.fstat(rig.desk.root).st_dev:
+        pytest.skip("needs a spool with a safe syncfs, and /dev/shm")
+    count = syncing.WHOLE_SYNC_FILES + 1
+    for number in range(count):
+        client = rig.named(f"one-{number}", 1, seed=number)
+        client.send(5000)
+        client.end()
+        rig.steps(2)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        home = rig.spool / "streams" / "one-0"
+        shutil.move(home, f"{elsewhere}/one-0")
+        home.symlink_to(f"{elsewhere}/one-0")
+        clients = [rig.named(f"one-{number}", 1, seed=number) for number in range(count)]
+        for client in clients:
+            client.send(5000)
+        synced: list[str] = []
+        real = os.fdatasync
+
+        def note(descriptor: int) -> None:
+            synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+            real(descriptor)
+
+        monkeypatch.setattr(os, "fdatasync", note)
+        rig.step()
+        assert all(client.word(Str.DURABLE) == 10_000 for client in clients)
+        segments = [name for name in synced if name.endswith(".seg")]
+        assert segments == [f"{elsewhere}/one-0/00000000000000000000.seg"], "the others were synced at once"
 
 
 def test_a_stream_that_failed_for_days_is_still_tried_again_every_few_seconds(rig: Rig) -> None:
