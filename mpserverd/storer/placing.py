@@ -83,9 +83,10 @@ class Placing:
 
     def place(self, work: Work, _: Scratch) -> None:
         """Find, make and lengthen the files. Sets the work's error instead of raising OSError."""
-        file = work.stream.segment
+        file = None
         try:
             self._clear_the_way(work.stream)
+            file = work.stream.segment
             if file is not None and work.holes and work.holes[0][0] < file.limit:
                 self._touch(work, file)
             for extent in plan.extents(work.durable, work.end, work.holes):
@@ -137,11 +138,20 @@ class Placing:
             early.begin()
             file = early
         else:
-            file = SegmentFile(stream.directory, first, limit, direct=self._desk.filesystem.direct)
-            file.create()
+            file = self._create(work, first, limit)
         work.begun.append(file)
         with contextlib.suppress(OSError):  # the stream has proven that it grows; if there is no place, a step will do
             file.grow(min(limit - first, at - self._desk.word(stream, Str.STARTED_AT)), self._desk.space)
+        return file
+
+    def _create(self, work: Work, first: int, limit: int) -> SegmentFile:
+        """An error of this says nothing about the segment before; what is in the place of the new one goes aside."""
+        file = SegmentFile(work.stream.directory, first, limit, direct=self._desk.filesystem.direct)
+        try:
+            file.create()
+        except OSError as error:
+            work.fail(error, *([file] if os.path.lexists(file.path) else []))
+            raise
         return file
 
     def _finish(self, work: Work, file: SegmentFile) -> None:

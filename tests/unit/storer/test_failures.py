@@ -197,6 +197,30 @@ def test_a_failing_stream_does_not_stop_the_others(make_rig: RigMaker) -> None:
         rig.assert_stored(client)
 
 
+def test_too_many_open_files_finish_no_segment(make_rig: RigMaker) -> None:
+    """The next one could not be made; the one before is as good as ever, and is gone on with."""
+    rig = make_rig(chunks=64, segment_bytes=SEGMENT)
+    client = rig.fresh("peer", 1)
+    client.send(SEGMENT - 5000)
+    rig.step()
+    client.send(6000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (4, hard))
+    try:
+        rig.step()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert client.word(Str.DURABLE) == SEGMENT - 5000
+    assert rig.counter("write_errors") == 1
+    rig.steps(3)
+    rig.assert_stored(client)
+    assert rig.ask("SELECT first, end, state FROM segment ORDER BY first") == [
+        (0, SEGMENT, "sealed"),
+        (SEGMENT, None, "open"),
+    ]
+    assert rig.counter("segments_aside") == 0
+
+
 def test_a_file_that_may_not_grow_is_left_for_the_next_one(make_rig: RigMaker) -> None:
     """EFBIG, by the limit on the length of files."""
     rig = make_rig(chunks=200, chunk_bytes=16 << 10, segment_bytes=8 << 20)
