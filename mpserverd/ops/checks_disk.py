@@ -44,6 +44,9 @@ _NETWORK_FILE_SYSTEMS = {"nfs", "cifs", "smb", "9p"}
 _MOVE = "put the spool on ext4 or xfs: [spool] path"
 
 
+_OUT_OF_REACH = "all segments together could not make the room, so none goes for it, and nothing more is stored"
+
+
 def spool_directory(site: Site) -> Path:
     """The spool, or the nearest directory above it that is there."""
     path = Path(site.settings.spool.path)
@@ -64,9 +67,10 @@ def space(site: Site) -> Iterator[Finding]:
     if there.f_files and there.f_favail < INODES_LOW:
         yield warning(f"{directory}: {there.f_favail:,} files may still be made, {INODES_LOW:,} are wanted", "df -i")
     if free < spool.min_free_bytes:
+        is_enough = free + held >= spool.min_free_bytes
         yield fault(
             f"{directory}: {free:,} bytes are free, spool.min_free_bytes is {spool.min_free_bytes:,}: "
-            "retention removes the oldest segments for it, and without any nothing more is stored",
+            + ("retention removes the oldest segments for it" if is_enough else _OUT_OF_REACH),
             f"du -xh {directory} | sort -h | tail; free space, or lower min_free_bytes",
         )
         return

@@ -30,6 +30,7 @@ def test_less_than_must_stay_free_is_a_fault(machine: Machine) -> None:
     found = only(checks_disk.space(machine.site))
     assert found.level is Level.FAULT
     assert f"spool.min_free_bytes is {512 << 40:,}" in found.text
+    assert "none goes for it" in found.text
 
 
 def test_a_bound_that_the_disk_cannot_reach_is_a_warning_that_names_one_that_it_can(machine: Machine) -> None:
