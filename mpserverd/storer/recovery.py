@@ -31,7 +31,7 @@ from mpserverd.storer.live import Desk, LiveStream
 from mpserverd.storer.opening import Opening
 from mpserverd.storer.segment_file import rename_aside
 from mpserverd.storer.trust import NEXT_STEP, require_current
-from mpserverd.streams.sidecar import IDENTITY_FILE
+from mpserverd.streams.sidecar import IDENTITY_FILE, RETIRED_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ class Recovery:
         for name in names:
             stem, suffix = os.path.splitext(name)
             first = int(stem) if suffix in (*_SUFFIXES, ".new") and stem.isdecimal() else -1
-            if name == sidecar.RETIRED_FILE:
+            if name == RETIRED_FILE:
                 with contextlib.suppress(OSError):
                     sidecar.take_back(path)
                     identified = True

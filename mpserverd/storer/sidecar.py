@@ -12,10 +12,8 @@ from collections.abc import Iterable, Sequence
 
 from mpserverd.storer.catalog import StreamRecord
 from mpserverd.storer.segment_file import FILE_MODE
-from mpserverd.streams.sidecar import HOLE_ENTRY, IDENTITY_FILE, Identity, encode_holes, holes_name
+from mpserverd.streams.sidecar import HOLE_ENTRY, IDENTITY_FILE, RETIRED_FILE, Identity, encode_holes, holes_name
 
-RETIRED_FILE = "stream.retired"
-"""What the identity is called when retention has given up all of a stream that nobody will continue."""
 STREAM_SUFFIXES = (".seg", ".idx", ".holes", ".new")
 
 
