@@ -15,6 +15,8 @@ class MessageId(enum.Enum):
     """A stop was asked for; nothing new is accepted."""
     DAEMON_STOPPED = "13399a6e54b9453da7a18240d5c88c07"
     """The last line of a run: totals, and what was at risk."""
+    NOT_KEPT = "7160c571b8e24068904237d6a9bb6d7f"
+    """A restart did not wait any longer for systemd to take the last descriptors."""
     STATUS_SUMMARY = "7843594d819747f0b450ebcb268e8d74"
     """Asked for with SIGUSR1."""
     SAFE_START = "30d8bbf032b54a58a72000d7dfa0ef4f"

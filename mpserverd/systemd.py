@@ -15,6 +15,7 @@ import sdnotify
 
 from mpserverd.log_text import escaped
 
+EXTEND_S = 10.0
 _STATUS_CHARACTERS_MAX = 1_000
 _WATCHDOG_SHARE = 0.5
 """systemd kills after WATCHDOG_USEC without a sign; its manual says to give one at half of that."""
@@ -42,6 +43,11 @@ class Notifier:
 
     def status(self, text: str) -> bool:
         return self._send(_status(text))
+
+    def progress(self, text: str) -> bool:
+        """What a start or a stop is at. Say it again within EXTEND_S: meanwhile systemd does not call it too late, be
+        TimeoutStartSec and TimeoutStopSec as they may; how long it may take is the daemon's own to limit."""
+        return self._send(f"{_status(text)}\nEXTEND_TIMEOUT_USEC={int(EXTEND_S * 1e6)}")
 
     def reloading(self) -> bool:
         """Follow it with ``ready``, also when the reload was refused."""

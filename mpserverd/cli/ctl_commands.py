@@ -192,7 +192,7 @@ def quarantine_command(args: argparse.Namespace, out: TextIO) -> int:
 
 def leave_command(args: argparse.Namespace, out: TextIO) -> int:
     if args.if_restarting is not None:
-        from mpserverd.cli.restarting import is_restarting  # noqa: PLC0415
+        from mpserverd.supervisor.restarting import is_restarting  # noqa: PLC0415
 
         if not is_restarting(args.if_restarting):
             _print(args, out, {"left": False}, lambda: print(f"{args.if_restarting} is not being restarted", file=out))

@@ -158,6 +158,15 @@ _SERVER = (
     ),
     Option(
         "server",
+        "restart_timeout_s",
+        Number(0.5, limits.TIMEOUT_S_MAX),
+        2.0,
+        _RELOAD,
+        "A restart leaves after so long also when systemd has not taken everything yet, and says what is missing.",
+        "s",
+    ),
+    Option(
+        "server",
         "heartbeat_timeout_s",
         Number(limits.HEARTBEAT_TIMEOUT_S_MIN, limits.TIMEOUT_S_MAX),
         10.0,

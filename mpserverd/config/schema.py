@@ -45,6 +45,7 @@ class ServerConfig:
     nice: int = default("server.nice")
     stop_timeout_s: float = default("server.stop_timeout_s")
     reload_timeout_s: float = default("server.reload_timeout_s")
+    restart_timeout_s: float = default("server.restart_timeout_s")
     heartbeat_timeout_s: float = default("server.heartbeat_timeout_s")
     restart_backoff_s_max: float = default("server.restart_backoff_s_max")
 

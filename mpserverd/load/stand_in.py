@@ -7,7 +7,8 @@
 What systemd 252 does with ``Type=notify, NotifyAccess=main, Restart=always, KillMode=process`` is done here: only the
 main process is heard; a message is taken whole or not at all; BARRIER=1 closes its descriptor when everything before it
 was taken; the store is handed to every start, and outlives every end but ``stop``. A message that came before the
-process died is taken before its death is. A watchdog, when asked for, kills.
+process died is taken before its death is. A watchdog, when asked for, kills. ``systemctl list-jobs`` tells the service
+what is done to it.
 
 One thread does all of it; the methods are for other threads. The service gets a session of its own, by which what it
 leaves behind is found at the end. It dies with this process. Nothing here knows what the service is.
@@ -27,6 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 from mpserverd.errors import StartError
+from mpserverd.load.stand_in_jobs import Jobs
 from mpserverd.load.stand_in_socket import Notification, NotifySocket
 from mpserverd.load.stand_in_spawn import reap, session_pids, spawn
 from mpserverd.load.stand_in_store import FdStore
@@ -39,8 +41,10 @@ IDLE_S = 1.0
 
 @dataclasses.dataclass(frozen=True)
 class UnitSettings:
-    """What a unit file would say. ``restart_signal`` is what ``restart`` sends, ``SIGTERM`` being a stop."""
+    """What a unit file would say. ``restart_signal`` is what ``restart`` sends; with ``SIGTERM`` it is as systemd
+    restarts a unit that starts or reloads, or whose ``ExecStop=`` did not end it."""
 
+    name: str = "stand-in.service"
     store_max: int = 256
     restart_delay_s: float = 0.1
     restart_signal: int = signal.SIGTERM
@@ -84,6 +88,7 @@ class StandIn:
         self._environ, self._output, self._on_event = dict(environ), output, on_event
         self._changed = threading.Condition()
         self._socket = NotifySocket(directory / "notify.sock")
+        self._jobs = Jobs(directory / "stand-in", settings.name)
         self._store = FdStore(settings.store_max, settings.seed)
         self._pidfd = -1
         self._sessions: set[int] = set()
@@ -149,12 +154,14 @@ class StandIn:
         """As ``systemctl restart``: end it with the restart signal, start it again at once, keep what is stored."""
         with self._changed:
             self._ending = "restart"
+            self._jobs.show("restart")
             return self.kill(self.settings.restart_signal)
 
     def stop(self) -> int | None:
         """As ``systemctl stop``: SIGTERM, SIGKILL after the timeout; then the store is dropped. The exit status."""
         with self._changed:
             self._ending = "stop"
+            self._jobs.show("stop")
             self._start_due_s = None
             self.kill(signal.SIGTERM)
         if not self.wait_for(lambda state: state.pid == 0, self.settings.stop_timeout_s):
@@ -197,6 +204,7 @@ class StandIn:
         self._epoll.close()
         self._socket.close()
         self._store.close()
+        self._jobs.close()
         os.close(self._wake_fd)
         self._wake_fd = -1
 
@@ -242,7 +250,8 @@ class StandIn:
         self._start_due_s = None
         self._store.drop_dead()
         settings, state = self.settings, self.state
-        environ = {"NOTIFY_SOCKET": self._socket.name}
+        self._jobs.show("start")
+        environ = {"NOTIFY_SOCKET": self._socket.name, "PATH": self._jobs.path(self._environ.get("PATH", ""))}
         if settings.watchdog_s is not None:
             environ["WATCHDOG_USEC"] = str(int(settings.watchdog_s * 1e6))
             self._watchdog_due_s = time.monotonic() + settings.watchdog_s
@@ -307,6 +316,8 @@ class StandIn:
             state.ready = False
         if message.says("READY=1"):
             state.ready, state.deaths_before_ready = True, 0
+            if self._jobs.kind == "start":
+                self._jobs.show("")
         if message.says("STOPPING=1"):
             state.stopping, state.ready = True, False
         if message.says("WATCHDOG=1") and self.settings.watchdog_s is not None:

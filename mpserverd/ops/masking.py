@@ -22,7 +22,7 @@ SHOWN_KEYS: frozenset[str] = frozenset(
     {
         "server.workers", "server.max_clients", "server.backlog", "server.cpu_affinity", "server.control_socket",
         "server.user", "server.group", "server.nice", "server.stop_timeout_s", "server.heartbeat_timeout_s",
-        "server.restart_backoff_s_max",
+        "server.restart_backoff_s_max", "server.restart_timeout_s",
         "buffers.bytes", "buffers.chunk_bytes",
         "listener.name", "listener.address", "listener.protocol", "listener.packet_size", "listener.layout",
         "listener.store", "listener.on_full", "listener.allow", "listener.deny", "listener.max_connections",

@@ -211,10 +211,12 @@ class Keeping:
 
     # -- leaving
 
-    def is_kept(self) -> bool:
-        """Whether everything has left for the store."""
+    def not_kept(self) -> str:
+        """What has not reached the store yet; empty when all has."""
         self._store.flush()
-        return not self._store.waiting_count and self._barrier < 0
+        if self._store.waiting_count:
+            return f"{self._store.waiting_count} messages to systemd, and the descriptors in them"
+        return "the answer of systemd to the last carrier" if self._barrier >= 0 else ""
 
     def forget_all(self) -> None:
         """The daemon stops for good: nothing is to wait for a successor."""

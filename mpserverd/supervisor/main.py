@@ -11,18 +11,17 @@ import functools
 import logging
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Mapping
 
 from mpserverd import log
 from mpserverd.arena.counters import Role
-from mpserverd.arena.state import SUPERVISOR_SLOT, Head, Slot
+from mpserverd.arena.state import SUPERVISOR_SLOT, Slot
 from mpserverd.config.schema import Config
 from mpserverd.errors import StartError
-from mpserverd.net import tcp_info
 from mpserverd.net.channel import Kind, Message
 from mpserverd.supervisor.accepting import Accepting
+from mpserverd.supervisor.awaiting_ready import AwaitingReady
 from mpserverd.supervisor.child import Child
 from mpserverd.supervisor.children import Children
 from mpserverd.supervisor.commands import Commands
@@ -30,6 +29,7 @@ from mpserverd.supervisor.connections import Connections
 from mpserverd.supervisor.connections_lock import lock
 from mpserverd.supervisor.control_server import ControlServer, open_control_socket
 from mpserverd.supervisor.core import hush
+from mpserverd.supervisor.ending import Ending
 from mpserverd.supervisor.fd_store import FdStore, inherited
 from mpserverd.supervisor.keeping import Keeping
 from mpserverd.supervisor.leases import Leases
@@ -42,7 +42,6 @@ from mpserverd.supervisor.spawn import Program
 from mpserverd.supervisor.spool_lock import try_lock_spool
 from mpserverd.supervisor.states import ChildState
 from mpserverd.supervisor.stats_tick import StatsTick
-from mpserverd.supervisor.stopping import Stop, StopPhase
 from mpserverd.supervisor.stored_memory import FACTS, memory_names
 from mpserverd.supervisor.takeover import look_through
 from mpserverd.supervisor.taking_up import TakingUp
@@ -57,13 +56,7 @@ HELD_UP_S = 2.0
 JUDGE_AFTER_S = 5.0
 """... and then the children get so much time to beat again before anybody is judged by it."""
 STATUS_INTERVAL_S = 10.0
-START_DEATHS_MAX = 3
-"""A worker that dies so often before it is ready will not start; nor will the daemon."""
-READY_TIMEOUT_S = 60.0
 LEFTOVER_S = 2.0
-KEEP_S = 2.0
-"""So long a supervisor that leaves waits until systemd has taken the last descriptors."""
-FLUSH_AGAIN_S = 0.01
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
 
@@ -86,7 +79,7 @@ def run(
         try:
             return supervisor.serve(on_ready)
         except StartError:
-            supervisor.leave_everything()  # what must be put right is outside; that is no crash
+            supervisor.leave_for_later()  # what must be put right is outside; that is no crash
             raise
 
 
@@ -121,21 +114,18 @@ class Supervisor:
         )
         self._reload = Reload(core, self._children, self._connections, self._accepting, reload_config)
         self._reload.on_outcome = lambda: self._say_status(time.monotonic())
+        self._ending = Ending(core, self._children, self._connections, self._accepting, self._keeping, self._notifier)
         commands = Commands(
             core,
             self._children,
             self._connections,
             self._accepting,
             self._reload,
-            self._begin_leaving,
+            self._ending.leave,
             self._write_facts,
         )
         self._answer = commands.answer
         self._control: ControlServer | None = None
-        self._stop: Stop | None = None
-        self._exit_code = 0
-        self._dropped_before = 0
-        self._leaving = False
         self._tick_due_s = 0.0
         self._judge_after_s = 0.0
         self._status_s = 0.0
@@ -159,14 +149,15 @@ class Supervisor:
             self._tick_due_s = time.monotonic()
             self._tick()
             self._start_watchdog()
-            self._await_ready()
-            if self._stop is None:
+            ending = self._ending
+            AwaitingReady(self._core, self._children, self._notifier, self._awaited).run(lambda: ending.begun)
+            if not ending.begun:
                 self._say_ready()
                 if on_ready is not None:
                     on_ready()
-            if self._stop is None or self._stop.phase is not StopPhase.OVER:
+            while not ending.over:
                 loop.run()
-        return 0 if self._leaving else self._say_goodbye()
+        return 0 if ending.leaving else ending.say_goodbye()
 
     def _open(self) -> None:
         path = self._core.config.server.control_socket
@@ -212,21 +203,6 @@ class Supervisor:
     def _start_storer(self) -> None:
         self._children.fork(self._children.add_storer())
 
-    def _await_ready(self) -> None:
-        """Raises StartError when a child cannot start. A signal to stop ends the wait."""
-        deadline_s = time.monotonic() + READY_TIMEOUT_S
-        while self._stop is None and not all(child.was_ready for child in self._awaited()):
-            self._core.loop.run_once()
-            for child in self._children:
-                failures = child.restarts >= (1 if child.role is Role.STORER else START_DEATHS_MAX)
-                if not child.was_ready and failures:
-                    raise StartError(f"{child.name} cannot start: {child.last_words or 'see its lines above'}")
-            storer = self._children.storer()
-            recovering = storer is not None and storer.state is ChildState.STARTING
-            if time.monotonic() > deadline_s and not recovering:
-                names = ", ".join(child.name for child in self._children if not child.was_ready)
-                raise StartError(f"not ready after {READY_TIMEOUT_S:.0f} s: {names}")
-
     def _awaited(self) -> list[Child]:
         """Connections that were taken up are served before the storer has looked through the spool."""
         return list(self._children) if self._taking_up is None else self._children.workers()
@@ -259,36 +235,11 @@ class Supervisor:
             read="mpserverctl streams",
         )
         self._notifier.ready("serving")
-        self._dropped_before = read_totals(core.state).dropped_bytes
+        self._ending.dropped_before = read_totals(core.state).dropped_bytes
 
-    def _say_goodbye(self) -> int:
-        totals = read_totals(self._core.state)
-        unread = 0
-        if not self._children.alive():  # a socket that somebody reads, or hangs in reading, is not to be asked
-            unread = sum(unread_bytes_of(connection.fd) for connection in self._connections.all())
-        at_risk = totals.at_risk_bytes + unread
-        level, verdict = logging.INFO, "nothing was lost"
-        if at_risk:
-            level, verdict = logging.ERROR, "not everything became durable"
-        elif dropped := totals.dropped_bytes - self._dropped_before:
-            level, verdict = logging.WARNING, f"{dropped} bytes were dropped because the memory was full"
-        log.event(
-            logger,
-            level,
-            "stopped",
-            message_id=log.MessageId.DAEMON_STOPPED,
-            connections=totals.connections,
-            received_bytes=totals.received_bytes,
-            durable_bytes=totals.durable_bytes,
-            dropped_bytes=totals.dropped_bytes,
-            at_risk_bytes=at_risk,
-            verdict=verdict,
-        )
-        return 1 if at_risk else self._exit_code
-
-    def leave_everything(self) -> None:
-        """Whatever waits in the store is for a successor, and this end is no crash."""
-        self._core.set_head(Head.LEFT, 1)
+    def leave_for_later(self) -> None:
+        """The start failed, and the next one takes up what waits."""
+        self._ending.leave_everything()
 
     def close(self) -> None:
         """Leave nothing behind, whatever happened."""
@@ -299,13 +250,13 @@ class Supervisor:
         leftovers = self._children.alive()
         for child in leftovers:
             child.wanted = False
-            if not self._leaving:  # else their parent's death ends them, as it does when it is killed
+            if not self._ending.leaving:  # else their parent's death ends them, as it does when it is killed
                 self._children.kill(child, "the supervisor leaves")
-        deadline_s = time.monotonic() + (0.0 if self._leaving else LEFTOVER_S)
+        deadline_s = time.monotonic() + (0.0 if self._ending.leaving else LEFTOVER_S)
         while self._children.alive() and time.monotonic() < deadline_s:
             self._core.loop.run_once()
-        for_good = self._stop is not None or not self._keeping.present
-        if self._stop is not None:
+        for_good = self._ending.stopping or not self._keeping.present
+        if self._ending.stopping:
             self._keeping.forget_all()
         self._connections.close_all(for_good=for_good)
         self._keeping.close()
@@ -313,25 +264,6 @@ class Supervisor:
             self._control.close()
         self._notifier.close()
         self._core.close()
-
-    def _begin_leaving(self, why: str) -> None:
-        """Exit at once: whatever lives waits in the store. Raises StartError when that cannot be."""
-        if not self._keeping.present:
-            raise StartError("there is no descriptor store to leave anything in: the daemon was not started by systemd")
-        if self._stop is not None:
-            raise StartError("the daemon stops")
-        if not self._leaving:
-            self._leaving = True
-            connections = len(self._connections)
-            self._core.note(logger, logging.INFO, "leaving", why=why, connections=connections, what="the next start")
-            self._core.loop.after(0.0, lambda: self._leave_when_kept(time.monotonic() + KEEP_S))
-
-    def _leave_when_kept(self, deadline_s: float) -> None:
-        if self._keeping.is_kept() or time.monotonic() > deadline_s:
-            self.leave_everything()
-            self._core.loop.stop()
-        else:
-            self._core.loop.after(FLUSH_AGAIN_S, lambda: self._leave_when_kept(deadline_s))
 
     # -- what children say and do
 
@@ -394,8 +326,8 @@ class Supervisor:
         if child.role is Role.STORER:
             self._start_storer()
         elif all(each.state is ChildState.GIVEN_UP for each in self._children.workers()):
-            self._exit_code = 1
-            self._begin_stop("no worker can be started")
+            self._ending.exit_code = 1
+            self._ending.stop("no worker can be started")
 
     # -- time and signals
 
@@ -443,23 +375,14 @@ class Supervisor:
 
     def _signalled(self, number: int) -> None:
         actions: dict[int, Callable[[], None]] = {
-            signal.SIGTERM: functools.partial(self._begin_stop, "SIGTERM"),
-            signal.SIGINT: functools.partial(self._begin_stop, "SIGINT"),
+            signal.SIGTERM: self._ending.terminate,
+            signal.SIGINT: functools.partial(self._ending.stop, "SIGINT"),
             signal.SIGHUP: self._reload_on_signal,
             signal.SIGUSR1: self._log_summary,
             signal.SIGUSR2: self._reopen_logs,
-            signal.SIGQUIT: self._leave_on_signal,
+            signal.SIGQUIT: self._ending.leave_on_signal,
         }
         actions[number]()
-
-    def _begin_stop(self, why: str) -> None:
-        """The first time in order; the second time at once."""
-        if self._stop is not None:
-            self._stop.force(f"{why} once more")
-            return
-        self._notifier.stopping()
-        self._stop = Stop(self._core, self._children, self._connections, self._accepting, self._core.loop.stop)
-        self._stop.begin(why)
 
     def _reload_on_signal(self) -> None:
         if not self._ready:
@@ -468,12 +391,6 @@ class Supervisor:
         self._notifier.reloading()
         self._reload.request_quietly()
         self._notifier.ready(self._status or "serving")
-
-    def _leave_on_signal(self) -> None:
-        try:
-            self._begin_leaving("SIGQUIT")
-        except StartError as error:
-            log.event(logger, logging.WARNING, "not leaving", why=str(error))
 
     def _reopen_logs(self) -> None:
         log.reopen()
@@ -507,17 +424,6 @@ class Supervisor:
                 cpu_percent=int(slots[child.slot, Slot.CPU_MILLI]) / 10,
                 rss_bytes=int(slots[child.slot, Slot.RSS_BYTES]),
             )
-
-
-def unread_bytes_of(fd: int) -> int:
-    """What waits in a connection that nobody owns any more: its worker is dead."""
-    sock = socket.socket(fileno=os.dup(fd))
-    try:
-        return tcp_info.unread_bytes(sock)
-    except OSError:
-        return 0
-    finally:
-        sock.close()
 
 
 def _first_port(accepting: Accepting) -> str:

@@ -25,10 +25,14 @@ from mpserverd.supervisor.connections import Connections
 from mpserverd.supervisor.core import Core
 from mpserverd.supervisor.states import ChildState
 from mpserverd.supervisor.totals import at_risk_bytes
+from mpserverd.systemd import Notifier
 
 logger = logging.getLogger(__name__)
 
 STEP_INTERVAL_S = 0.02
+STATUS_INTERVAL_S = 1.0
+LINE_INTERVAL_S = 5.0
+"""A stop that takes longer says in the log, too, what it is at."""
 SETTLE_SHARE = 0.2
 """Of the whole time; then connections that wait for a stream of their name get one of their own."""
 WORKERS_SHARE = 0.7
@@ -53,17 +57,21 @@ class Stop:
         children: Children,
         connections: Connections,
         accepting: Accepting,
+        notifier: Notifier,
         on_over: Callable[[], None],
     ) -> None:
         self._core = core
         self._children = children
         self._connections = connections
         self._accepting = accepting
+        self._notifier = notifier
         self._on_over = on_over
         self.phase = StopPhase.SETTLING
         self._began_s = time.monotonic()
         self._timeout_s = core.config.server.stop_timeout_s
         self._forced_s = 0.0
+        self._status_due_s = self._began_s
+        self._line_due_s = self._began_s + LINE_INTERVAL_S
 
     def begin(self, why: str) -> None:
         core = self._core
@@ -101,7 +109,27 @@ class Stop:
         if self.phase is StopPhase.OVER:
             self._on_over()
         else:
+            self._say_progress(time.monotonic())
             self._core.loop.after(STEP_INTERVAL_S, self._step)
+
+    def _say_progress(self, now_s: float) -> None:
+        if now_s < self._status_due_s:
+            return
+        self._status_due_s = now_s + STATUS_INTERVAL_S
+        connections, at_risk = len(self._connections), at_risk_bytes(self._core.state)
+        self._notifier.progress(f"stopping: {self.phase.value}, {connections} connections, {at_risk} bytes not durable")
+        if now_s >= self._line_due_s:
+            self._line_due_s = now_s + LINE_INTERVAL_S
+            self._core.note(
+                logger,
+                logging.INFO,
+                "stop goes on",
+                phase=self.phase.value,
+                connections=connections,
+                at_risk_bytes=at_risk,
+                for_s=round(now_s - self._began_s),
+                timeout_s=self._timeout_s,
+            )
 
     def _work(self, share: float) -> None:
         if self.phase is StopPhase.SETTLING:

@@ -11,15 +11,11 @@ import hashlib
 import os
 import pathlib
 import random
-import re
 import resource
 import signal
 import socket
-import sqlite3
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 
@@ -31,147 +27,26 @@ from mpserverd.arena.state import (
     Con,
     ConnectionState,
     Slot,
-    StateTable,
     Str,
     StreamState,
 )
-from mpserverd.control.client import DaemonRefusedError, request, request_state
-from mpserverd.load.stand_in import StandIn, UnitSettings
+from mpserverd.control.client import DaemonRefusedError
 from mpserverd.net.fdlimit import DESCRIPTORS_PER_CLIENT, RESERVED_DESCRIPTORS
 from tests.integration import senders
 from tests.integration.oracle import sha256, stored_streams
 from tests.integration.supervisor_driver import RunningSupervisor, wait_for
+from tests.integration.unit_driver import SEED, Unit
 
-DAEMON = [sys.executable, "-c", "import sys; from mpserverd.cli.daemon import main; sys.exit(main())"]
-SEED = int(os.environ.get("MPSERVERD_TEST_SEED", "4"))
 CLIENTS = 5000
 UNPRIVILEGED = ("setpriv", "--bounding-set=-sys_admin,-sys_resource", "--")
 """Root with these is not held to RLIMIT_NOFILE by the kernel for what is in flight; the unit's user is."""
-CONFIG = """
-[server]
-workers = {workers}
-max_clients = {max_clients}
-control_socket = "{home}/control.sock"
-[buffers]
-bytes = "{buffers}"
-[[listener]]
-name = "raw"
-address = "127.0.0.1:{port}"
-packet_size = 16
-on_full = "block"
-handshake_timeout_s = 0
-{listener}
-[spool]
-path = "{home}/spool"
-min_free_bytes = 0
-segment_bytes = "16 MiB"
-{more}
-"""
-
-
-class Unit:
-    """The daemon under the stand-in."""
-
-    def __init__(
-        self, home: pathlib.Path, *, crashes_count: bool = False, prefix: Sequence[str] = (), **settings: Any
-    ) -> None:
-        self.home, self.spool = home, home / "spool"
-        self.settings: dict[str, Any] = {
-            "workers": 2,
-            "max_clients": 20,
-            "buffers": "16 MiB",
-            "port": 0,
-            "listener": "",
-            "more": "",
-            **settings,
-        }
-        self.configure()
-        self._log = (home / "log").open("ab")
-        environ = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
-        if not crashes_count:
-            environ["MPSERVERD_CRASHES_MAX"] = "0"
-        self.system = StandIn(
-            [*prefix, *DAEMON, "--config", str(home / "mpserverd.toml")],
-            directory=home,
-            settings=UnitSettings(restart_delay_s=0.02, restart_signal=signal.SIGQUIT, seed=SEED),
-            environ=environ,
-            output=self._log.fileno(),
-        )
-
-    def configure(self, **settings: Any) -> None:
-        self.settings.update(settings)
-        (self.home / "mpserverd.toml").write_text(CONFIG.format(home=self.home, **self.settings))
-
-    def __enter__(self) -> Unit:
-        self.system.__enter__()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        left = self.system.close()
-        self._log.close()
-        if kind is not None:
-            sys.stderr.write(self.log()[-6000:])
-        else:
-            assert "Traceback" not in self.log()
-            assert not left
-
-    def log(self) -> str:
-        return (self.home / "log").read_text(errors="replace")
-
-    @property
-    def port(self) -> int:
-        match = re.findall(r"raw=127\.0\.0\.1:(\d+)", self.log())
-        return int(match[-1])
-
-    def ask(self, command: str, **arguments: Any) -> Any:
-        return request(f"{self.home}/control.sock", command, **arguments)
-
-    @contextlib.contextmanager
-    def tables(self) -> Iterator[Any]:
-        _, state_fd, table_fd = request_state(f"{self.home}/control.sock")
-        try:
-            yield StateTable(state_fd, read_only=True)
-        finally:
-            os.close(state_fd)
-            os.close(table_fd)
-
-    def active(self) -> int:
-        with self.tables() as state:
-            return int((state.connections[:, Con.STATE] != 0).sum())
-
-    def durable(self) -> int:
-        """Bytes on disk, by the catalog."""
-        if not (self.spool / "catalog.sqlite").exists():
-            return 0
-        with contextlib.closing(sqlite3.connect(f"file:{self.spool}/catalog.sqlite?mode=ro", uri=True)) as catalog:
-            return int(catalog.execute("SELECT coalesce(sum(durable), 0) FROM stream").fetchone()[0])
-
-    def stored(self) -> list[str]:
-        return sorted(stream.sha256 for stream in stored_streams(self.spool))
-
-    def own_state(self) -> StateTable:
-        """The daemon's own tables, to be written to."""
-        for name in os.listdir(f"/proc/{self.system.state.pid}/fd"):
-            path = f"/proc/{self.system.state.pid}/fd/{name}"
-            if "mpserverd-state" in os.readlink(path):
-                return StateTable(os.open(path, os.O_RDWR | os.O_CLOEXEC))
-        raise AssertionError("the daemon has no state table")
-
-    def kill(self) -> None:
-        """kill -9, and wait until it is ready again."""
-        self.system.wait_ready(start=self.system.kill())
-
-    def leave(self) -> None:
-        start = self.system.state.starts + 1
-        assert self.ask("leave")["left"]
-        self.system.wait_ready(start=start)
 
 
 def hashes(contents: Sequence[bytes]) -> list[str]:
     return sorted(sha256(content[: len(content) // 16 * 16]) for content in contents)
 
 
-@pytest.mark.parametrize("how", ["kill", "leave"])
+@pytest.mark.parametrize("how", ["kill", "leave", "restart"])
 def test_a_client_streams_on_when_the_supervisor_is_gone_for_a_moment(tmp_path: pathlib.Path, how: str) -> None:
     content = senders.payload(SEED, 4_000_000)
     with Unit(tmp_path) as unit:

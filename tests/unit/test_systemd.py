@@ -36,11 +36,13 @@ def test_messages_are_those_of_the_protocol(manager: socket.socket, notifier: No
     assert notifier.watchdog()
     assert notifier.reloading()
     assert notifier.stopping()
+    assert notifier.progress("stopping: storing")
     assert manager.recv(4096) == b"READY=1\nSTATUS=serving 3 clients"
     assert manager.recv(4096) == b"STATUS=idle"
     assert manager.recv(4096) == b"WATCHDOG=1"
     assert re.fullmatch(rb"RELOADING=1\nMONOTONIC_USEC=\d+", manager.recv(4096))
     assert manager.recv(4096) == b"STOPPING=1"
+    assert manager.recv(4096) == b"STATUS=stopping: storing\nEXTEND_TIMEOUT_USEC=10000000"
 
 
 def test_status_cannot_assign_anything_else(manager: socket.socket, notifier: Notifier) -> None:
