@@ -211,9 +211,7 @@ class Accepting:
         """Take what the kernel has completed already, then close all."""
         self.has_room = _always  # nobody is to be kept over the end
         for listener in self._open.values():
-            if self._serving:
-                while self._accept_batch(listener) == ACCEPT_BATCH_MAX:
-                    pass
+            self._accept_all(listener)
             self._close(listener)
         self._open.clear()
         self.on_change()
@@ -235,10 +233,12 @@ class Accepting:
         self._accept_batch(listener)
 
     def _accept_all(self, listener: Listener) -> None:
-        """What the kernel has completed: it would be reset with the last close."""
-        if self._serving:
-            while self._accept_batch(listener) == ACCEPT_BATCH_MAX:
-                pass
+        """What the kernel has completed, which would be reset with the last close: its whole queue, and not what comes
+        meanwhile, or a flood would keep the supervisor here."""
+        batches = self._core.config.server.backlog // ACCEPT_BATCH_MAX + 1 if self._serving else 0
+        for _ in range(batches):
+            if self._accept_batch(listener) < ACCEPT_BATCH_MAX:
+                return
 
     def _accept_batch(self, listener: Listener) -> int:
         """Up to a batch, so that other events get their turn. Returns how many came."""

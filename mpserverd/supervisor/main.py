@@ -354,7 +354,7 @@ class Supervisor:
             self._rebalancing.tick(now_s)
         if self._control is not None:
             self._control.check_deadlines(now_s)
-        if self._ready and now_s - self._status_s >= STATUS_INTERVAL_S:
+        if self._ready and (self._reload.under_way or now_s - self._status_s >= STATUS_INTERVAL_S):
             self._say_status(now_s)
 
     def _say_status(self, now_s: float) -> None:
@@ -363,6 +363,8 @@ class Supervisor:
         status = f"{len(self._connections)} clients, {rate // 1000} packets/s"
         if self._reload.last_error:
             status = f"reload refused: {self._reload.last_error}"
+        if self._reload.progress:
+            status = self._reload.progress
         if status != self._status:
             self._status = status
             self._notifier.status(status)

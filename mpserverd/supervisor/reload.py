@@ -68,6 +68,13 @@ class Reload:
     def under_way(self) -> bool:
         return bool(self._fresh or self._old)
 
+    @property
+    def progress(self) -> str:
+        """For people; empty when nothing is under way."""
+        if self._fresh:
+            return f"reloading: {len(self._fresh)} fresh workers start"
+        return f"reloading: {len(self._old)} old processes hand over" if self._old else ""
+
     def request(self) -> dict[str, Any]:
         """Reload, and say what came of it. Raises ConfigError or StartError; then nothing has changed."""
         if self._core.stopping:

@@ -132,6 +132,9 @@ class Stop:
             )
 
     def _work(self, share: float) -> None:
+        if self.phase is not StopPhase.STORING and self._children.storer() is None and self._core.may_store:
+            # a reload had just made it leave; workers wait for what it does: streams to open, the last ACK
+            self._children.fork(self._children.add_storer())
         if self.phase is StopPhase.SETTLING:
             self._settle(share)
         elif self.phase is StopPhase.DRAINING:

@@ -121,6 +121,29 @@ def test_a_stop_makes_durable_what_the_kernel_holds_and_says_so(daemon: Daemon) 
     assert connected_index(daemon, "press-7") == 1500
 
 
+def test_a_stop_in_the_middle_of_a_reload_acknowledges_everything(tmp_path: pathlib.Path) -> None:
+    """The storer has been told to leave for a fresh one, and is gone when the stop begins: somebody must follow it."""
+    settings = {"server": {"stop_timeout_s": 60.0}, "listener": [listener("mps")]}
+    with Daemon(tmp_path, settings) as daemon:
+        peer = connected(daemon, "press-7", 1000)
+        peer.wait_for_ack(1000)
+        workers, storer = daemon.worker_pids(), daemon.pid_of("storer")
+        os.kill(storer, signal.SIGSTOP)
+        daemon.reload()
+        daemon.wait_for(lambda: not set(workers) & set(daemon.pids()), what="the old workers have left")
+        peer.send(packets("press-7", 1000, 500, 16))
+        assert daemon.process is not None
+        daemon.process.terminate()
+        daemon.wait_for(lambda: daemon.log_contains(" stopping why"))
+        os.kill(storer, signal.SIGKILL)
+        lines = [peer.line()]
+        while lines[-1] and not lines[-1].startswith(b"BYE"):
+            lines.append(peer.line())
+        peer.sock.close()
+        assert lines[-2:] == [b"ACK 1500\n", b"BYE stopping\n"]
+        assert daemon.stop() == 0
+
+
 def connected_index(daemon: Daemon, client_id: str) -> int:
     peer = Peer(daemon.port("mps"), f"MPS/1 {client_id} 16\n".encode())
     index, _ = peer.ok()
