@@ -177,6 +177,9 @@ def state_layout(version: int, described: Mapping[str, Any]) -> StateLayout:
         name: RowLayout(int(row["words"]), {column: int(at) for column, at in row["columns"].items()})
         for name, row in state["rows"].items()
     }
+    for name, row_layout in rows.items():
+        if any(not 0 <= at < row_layout.words for at in row_layout.columns.values()):
+            raise LayoutError(f"{name}: layout {version} has a column beyond its rows")
     return StateLayout(version, rows, int(state["name_words"]), int(state["latency_words"]))
 
 

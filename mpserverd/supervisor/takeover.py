@@ -123,6 +123,10 @@ def _open_memory(found: Inheritance, fds: dict[str, int], store: FdStore, now_ns
         _judge_crashes(found.memory.state, now_ns)
     except (LayoutError, TooManyCrashesError) as error:
         discard(found, store, error, fds)
+    except Exception as error:
+        # Whatever stands there: until the crash is counted, an error here would come at every start, for ever.
+        why = LayoutError(f"what was stored cannot be understood: {type(error).__name__}: {error}")
+        discard(found, store, why, fds)
 
 
 def discard(found: Inheritance, store: FdStore, why: Exception, fds: dict[str, int] | None = None) -> None:
@@ -167,9 +171,14 @@ def _judge_crashes(state: StateMemory, now_ns: int) -> None:
 
 
 def _what_is_lost(memory: StoredMemory | None) -> str:
-    if memory is None:
-        return "every connection, and what was not durable"
-    state = memory.state
+    """As far as the memory that is given up can still be read."""
+    with contextlib.suppress(Exception):
+        if memory is not None:
+            return _lost_of(memory.state)
+    return "every connection, and what was not durable"
+
+
+def _lost_of(state: StateMemory) -> str:
     active = int((state.column(CONNECTIONS, "STATE") != ConnectionState.FREE).sum())
     streams = state.column(STREAMS, "STATE") != StreamState.FREE
     waiting = state.column(STREAMS, "POSITION").astype(np.int64) - state.column(STREAMS, "DURABLE").astype(np.int64)
