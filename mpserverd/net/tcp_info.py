@@ -14,6 +14,7 @@ import termios
 
 SO_COOKIE = 57
 TCP_INQ = 36
+_SO_PEERNAME = 28
 _TCP_INFO_BYTES = 256
 _BYTES_ACKED_AT, _BYTES_RECEIVED_AT = 120, 128
 """Offsets of tcpi_bytes_acked and tcpi_bytes_received in struct tcp_info (linux/tcp.h)."""
@@ -33,6 +34,13 @@ class Consumed:
 def cookie(sock: socket.socket) -> int:
     """The kernel's own number of the socket, the same in every process that holds a dup of it."""
     return int(struct.unpack("<Q", sock.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8))[0])
+
+
+def peer(sock: socket.socket) -> tuple[str, int]:
+    """Address and port of the peer, also of one that has reset the connection; getpeername fails for that."""
+    first, end = (4, 8) if sock.family == socket.AF_INET else (8, 24)  # of the address in struct sockaddr_in, _in6
+    raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERNAME, end)  # EINVAL for more bytes than it has
+    return socket.inet_ntop(sock.family, raw[first:end]), int.from_bytes(raw[2:4], "big")
 
 
 def unread_bytes(sock: socket.socket) -> int:

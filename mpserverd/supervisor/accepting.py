@@ -316,7 +316,7 @@ class Accepting:
         sock = socket.socket(fileno=fd)
         listener = self._listener_of(sock) if is_untouched(sock) else None
         if listener is not None:
-            self._admit(listener, sock, *sock.getpeername()[:2], carried=True)
+            self._admit(listener, sock, *tcp_info.peer(sock), carried=True)
             return True
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)

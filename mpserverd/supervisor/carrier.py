@@ -72,6 +72,13 @@ class Carrier:
         """As good as."""
         return self._used_bytes >= _FULL_BYTES
 
+    @property
+    def is_empty(self) -> bool:
+        try:
+            return not self._out_of.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+
     def close(self) -> None:
         self._into.close()
         self._out_of.close()
@@ -104,7 +111,8 @@ class Carrier:
     def refill_from(self, old: Carrier, wanted: Callable[[int], bool]) -> Iterator[tuple[int, int]]:
         """Move over what is wanted, by cookie, and yield each (cookie, descriptor); the caller owns the descriptors.
 
-        A message leaves ``old`` only after its copy is here. Raises CarrierFullError.
+        A message leaves ``old`` only after its copy is here. Raises CarrierFullError; all of ``old`` that was not
+        yielded is still there, and may be moved to another one.
         """
         while (entries := old._peek()) is not None:
             moving = [(cookie, fd) for cookie, fd in entries if wanted(cookie)]
@@ -112,7 +120,12 @@ class Carrier:
                 if not wanted(cookie):
                     os.close(fd)
             if moving:
-                self.put(moving)
+                try:
+                    self.put(moving)
+                except CarrierFullError:
+                    for _, fd in moving:
+                        os.close(fd)
+                    raise
             old._drop()
             yield from moving
 

@@ -13,11 +13,14 @@ from __future__ import annotations
 import array
 import collections
 import contextlib
+import errno
 import os
 import socket
 from collections.abc import Mapping, MutableMapping, Sequence
 
 LISTEN_FDS_START = 3
+_NO_ROOM = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS})
+"""Of the socket, or of the kernel; ETOOMANYREFS says that the user has as many descriptors in flight as it may."""
 _OURS_NO_MORE = ""
 """Put in the place of a name that was taken, so that nobody takes it for a socket unit's."""
 
@@ -108,10 +111,8 @@ class FdStore:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
             self._socket.sendmsg([text.encode()], rights, socket.MSG_NOSIGNAL)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
+        except OSError as error:
+            return error.errno not in _NO_ROOM
         return True
 
     def close(self) -> None:

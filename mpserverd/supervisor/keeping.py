@@ -6,7 +6,8 @@ ends of a carrier, ``carrier-<n>-in`` and ``carrier-<n>-out``.
 Rules: a connection goes into the carrier as soon as it is admitted, then gets its row, then a worker; so one that is
 carried and has no row is a fresh one, or one that is over. Carriers fill up with connections that have ended, so a
 fresh one is packed now and then; until the store has it (a barrier comes back) newcomers go into both, and only then is
-the old one removed. Outside systemd all of this does nothing.
+the old one removed. Who did not get into the newest one (the kernel has no room) makes for another one, once a second
+until all are in. Outside systemd all of this does nothing.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Keeping:
         self._store = store
         self._live = live
         self._carriers: list[tuple[int, Carrier]] = []
-        """The one in use last; before it the one that is being replaced."""
+        """The one in use last; before it what is being replaced."""
         self._next_number = 1
         self._ended_count = 0
         self._ticks = 0
@@ -110,10 +111,9 @@ class Keeping:
 
     # -- connections
 
-    def take_up(self, number: int, carrier: Carrier) -> None:
-        """Go on with a carrier that is in the store and holds every connection."""
-        self._carriers = [(number, carrier)]
-        self._next_number = number + 1
+    def take_up(self, carriers: list[tuple[int, Carrier]], next_number: int) -> None:
+        """Go on with carriers that are in the store and together hold every connection, the newest last."""
+        self._carriers, self._next_number = carriers, next_number
 
     def begin(self) -> None:
         """Make the first carrier, or pack what was taken up."""
@@ -122,18 +122,21 @@ class Keeping:
 
     def has_room(self) -> bool:
         """Whether newcomers can be carried now; if not, the kernel's queue keeps them until systemd has answered."""
-        if self._barrier < 0 or not self._carriers[-1][1].is_full:
-            return True
+        if self._barrier < 0 or not any(carrier.is_full for _, carrier in self._carriers):
+            return True  # until the answer comes the store may have the old one only
         return time.monotonic() - self._barrier_s > ANSWER_S
 
     def carry(self, cookie: int, fd: int) -> None:
         """A newcomer; its row is written, and a worker gets it, after this."""
         if not self._carriers:
             return
-        if self._carriers[-1][1].wants_packing:
-            self.pack()  # before it is put anywhere: it is not among those who live yet
         carried = [self._try_put(carrier, cookie, fd) for _, carrier in self._carriers]
-        if not any(carried):
+        present = len(carried)
+        if self._carriers[-1][1].wants_packing:
+            # only now, since it takes milliseconds; and the newcomer is not among those who live yet
+            self.pack()
+            carried += [self._try_put(carrier, cookie, fd) for _, carrier in self._carriers[present:]]
+        if not carried[-1]:  # those before it are on their way out
             self._missed = True
             self._say_short()
 
@@ -162,17 +165,18 @@ class Keeping:
     def tick(self) -> None:
         """Once a second."""
         self._ticks += 1
-        if self._ended_count >= ENDED_MAX or (self._ended_count and self._ticks >= ENDED_AGE_TICKS):
+        if self._missed or self._ended_count >= ENDED_MAX or (self._ended_count and self._ticks >= ENDED_AGE_TICKS):
             self.pack()
 
     def pack(self) -> None:
         """Fill a fresh carrier with who lives, store it, and drop the old one when the store has it."""
         if not self.present or self._barrier >= 0:
             return
-        fresh = Carrier.make()
+        fresh, self._missed = Carrier.make(), False
         try:
             fresh.fill(self._live())
         except CarrierFullError:
+            self._missed = True  # tried again at the next tick
             self._say_short()
             if self._carriers:  # the old one holds more than a part of them
                 fresh.close()
@@ -198,7 +202,6 @@ class Keeping:
         self._carriers = self._carriers[-1:]
         self._flush()
         if self._missed or self._carriers[-1][1].wants_packing:
-            self._missed = False
             self.pack()
         else:
             self._short = False

@@ -32,9 +32,9 @@ from mpserverd.arena.state import (
     StreamFlag,
     StreamState,
 )
-from mpserverd.errors import LayoutError, MpserverdError
+from mpserverd.errors import LayoutError, MpserverdError, StartError
 from mpserverd.net import tcp_info
-from mpserverd.supervisor.carrier import Carrier
+from mpserverd.supervisor.carrier import Carrier, CarrierFullError
 from mpserverd.supervisor.fd_store import FdStore, claim
 from mpserverd.supervisor.keeping import LISTENER_PREFIX, carrier_names, carrier_number
 from mpserverd.supervisor.stored_memory import FACTS, StoredMemory, memory_generation
@@ -200,38 +200,63 @@ def clear_slots(state: StateTable) -> None:
 
 
 class Unloading:
-    """Moves what the old carriers hold into a fresh one that the store has already.
+    """Moves what the old carriers hold into fresh ones that the store has already.
 
-    A descriptor leaves an old carrier only after it is in the fresh one.
+    A descriptor leaves an old carrier only after it is in a fresh one. Mostly one is enough; but messages are moved as
+    they are, so many connections that were added one by one, live ones and ended ones, may need another.
     """
 
     def __init__(self, store: FdStore, carriers: list[tuple[int, Carrier]], next_number: int) -> None:
         self._store = store
         self._old = carriers
-        self._next_number = next_number
+        self.next_number = next_number
+        """For carriers made from now on."""
         self.fds: dict[int, int] = {}
         """Descriptor by cookie, doubles dropped; the caller owns them."""
 
-    def run(self) -> tuple[int, Carrier] | None:
-        """The fresh carrier and its number; None when there was nothing."""
-        if not self._old:
-            return None
-        fresh = self._fresh()
-        for _, old in self._old:
-            for cookie, fd in fresh[1].refill_from(old, lambda cookie: cookie not in self.fds):
-                self.fds[cookie] = fd
-        for number, old in self._old:
+    def run(self) -> list[tuple[int, Carrier]]:
+        """The fresh carriers and their numbers, the oldest first; none when there was nothing. Raises StartError when
+        the store does not answer: everything waits for the next start."""
+        waiting = [(number, old) for number, old in self._old if not self._drop_empty(number, old)]
+        fresh = [self._fresh()] if waiting else []
+        for number, old in waiting:
+            while not self._try_empty(old, fresh[-1][1]):
+                fresh.append(self._fresh())
+            self._drop_empty(number, old)
+        return fresh
+
+    def _drop_empty(self, number: int, old: Carrier) -> bool:
+        """At once: starts that are killed, one after another, must not use up the places of the store, which says
+        nothing when it has none left."""
+        if old.is_empty:
             for name in carrier_names(number):
                 self._store.remove(name)
             old.close()
-        return fresh
+            return True
+        return False
+
+    def _try_empty(self, old: Carrier, fresh: Carrier) -> bool:
+        """False when ``fresh`` is full. Raises CarrierFullError when not even an empty one takes the next message."""
+        was_empty = fresh.is_empty
+        try:
+            for cookie, fd in fresh.refill_from(old, lambda cookie: cookie not in self.fds):
+                self.fds[cookie] = fd
+        except CarrierFullError:
+            if was_empty and fresh.is_empty:
+                raise
+            return False
+        return True
 
     def _fresh(self) -> tuple[int, Carrier]:
-        number, carrier = self._next_number, Carrier.make()
-        self._next_number += 1
+        number, carrier = self.next_number, Carrier.make()
+        self.next_number += 1
         for name, end in zip(carrier_names(number), carrier.ends, strict=True):
             self._store.push(name, [end])
-        await_barrier(self._store)
+        if not await_barrier(self._store):
+            for name in carrier_names(number):
+                self._store.remove(name)
+            carrier.close()
+            raise StartError("the descriptor store does not answer")
         return number, carrier
 
 
@@ -256,9 +281,14 @@ def await_barrier(store: FdStore) -> bool:
 
 
 def is_untouched(sock: socket.socket) -> bool:
-    """Whether a socket without a row is a client from which nothing was read. The callers' workers are dead."""
+    """Whether a socket without a row is a client from which nothing was read. The callers' workers are dead.
+
+    A client that has reset it after it sent something is one too: what it sent can still be read.
+    """
     try:
-        sock.getpeername()
-        return tcp_info.consumed(sock).consumed_bytes == 0
+        found = tcp_info.consumed(sock)
+        if not found.consumed_bytes and not found.unread_bytes:
+            sock.getpeername()  # fails when it is over
+        return not found.consumed_bytes
     except OSError:
         return False

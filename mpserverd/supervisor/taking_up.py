@@ -84,9 +84,7 @@ class TakingUp:
         free_leases(core.arena)
         clear_slots(core.state)
         unloading = Unloading(store, found.carriers, found.next_number)
-        fresh = unloading.run()
-        if fresh is not None:
-            keeping.take_up(*fresh)
+        keeping.take_up(unloading.run(), unloading.next_number)
         taken = self._connections.take_up(unloading.fds)
         new_count = sum(self._accepting.take_stray(fd) for fd in unloading.fds.values())
         core.note(

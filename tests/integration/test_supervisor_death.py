@@ -14,6 +14,7 @@ import random
 import resource
 import signal
 import socket
+import struct
 import time
 from collections.abc import Sequence
 
@@ -31,7 +32,9 @@ from mpserverd.arena.state import (
     StreamState,
 )
 from mpserverd.control.client import DaemonRefusedError
+from mpserverd.load.stand_in_spawn import session_pids
 from mpserverd.net.fdlimit import DESCRIPTORS_PER_CLIENT, RESERVED_DESCRIPTORS
+from mpserverd.supervisor.carrier import SINGLES_MAX
 from tests.integration import senders
 from tests.integration.oracle import sha256, stored_streams
 from tests.integration.supervisor_driver import RunningSupervisor, wait_for
@@ -40,6 +43,7 @@ from tests.integration.unit_driver import SEED, Unit
 CLIENTS = 5000
 UNPRIVILEGED = ("setpriv", "--bounding-set=-sys_admin,-sys_resource", "--")
 """Root with these is not held to RLIMIT_NOFILE by the kernel for what is in flight; the unit's user is."""
+EXCHANGE_KILLS = int(os.environ.get("MPSERVERD_TEST_EXCHANGE_KILLS", "4"))
 
 
 def hashes(contents: Sequence[bytes]) -> list[str]:
@@ -127,6 +131,41 @@ def test_a_client_whose_worker_died_just_before_it_hung_up_is_told_at_once(tmp_p
         assert client.recv(1) == b""
         wait_for(lambda: unit.active() == 0)
         os.close(state.fd)
+
+
+def test_supervisors_killed_inside_the_exchange_of_carriers_lose_nobody(tmp_path: pathlib.Path) -> None:
+    """systemd takes nothing for a while, so the exchange lasts; newcomers come and others go, and then kill -9."""
+    chance = random.Random(SEED)
+    contents: list[bytes] = []
+    with (
+        Unit(tmp_path, max_clients=2 * SINGLES_MAX + 100, buffers="64 MiB") as unit,
+        contextlib.ExitStack() as stack,
+    ):
+        clients: list[socket.socket] = []
+        for _ in range(EXCHANGE_KILLS):
+            with unit.system._changed:
+                ended = unit.log().count("connection ended")
+                passing = SINGLES_MAX + chance.randrange(-10, SINGLES_MAX)
+                for number in range(passing):
+                    client = socket.create_connection(("127.0.0.1", unit.port))
+                    if number % 20 == 0:
+                        content = senders.payload(SEED + len(contents), 1600)
+                        client.sendall(content[:800])
+                        clients.append(stack.enter_context(client))
+                        contents.append(content)
+                    else:
+                        client.close()
+                ended += chance.randrange(passing)
+                wait_for(lambda ended=ended: unit.log().count("connection ended") >= ended, 30)
+                start = unit.system.kill()
+            if chance.random() < 0.5:
+                unit.system.wait_ready(start=start)
+        unit.system.wait_ready(start=start)
+        for client, content in zip(clients, contents, strict=True):
+            client.sendall(content[800:])
+            client.shutdown(socket.SHUT_WR)
+        wait_for(lambda: unit.durable() >= sum(map(len, contents)), 60)
+        assert unit.stored() == hashes(contents)
 
 
 def test_many_live_connections_are_kept_through_a_kill_and_a_restart(tmp_path: pathlib.Path) -> None:
@@ -297,6 +336,28 @@ def test_a_connection_that_is_carried_and_has_no_row_is_a_fresh_one(tmp_path: pa
         client.sendall(bytes(range(16)))
         client.shutdown(socket.SHUT_WR)
         wait_for(lambda: unit.durable() == 160 + 16)
+
+
+def test_a_client_that_was_carried_without_a_row_and_reset_it_keeps_what_it_sent(tmp_path: pathlib.Path) -> None:
+    """As if the supervisor had died right after the accept; what the client had sent can still be read."""
+    content = senders.payload(SEED, 1600)
+    with Unit(tmp_path) as unit:
+        client = socket.create_connection(("127.0.0.1", unit.port))
+        wait_for(lambda: unit.active() == 1)
+        state = unit.own_state()
+        for pid in session_pids(unit.system.state.pid):
+            os.kill(pid, signal.SIGSTOP)
+        client.sendall(content)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+        row = int((state.connections[:, Con.STATE] != 0).nonzero()[0][0])
+        state.words[state.connection_base(row) + Con.STATE] = 0
+        os.close(state.fd)
+        unit.kill()
+        assert "count=0 lost=0 unknown=1" in unit.log()
+        wait_for(lambda: unit.durable() == len(content))
+        wait_for(lambda: unit.active() == 0)
+        assert unit.stored() == hashes([content])
 
 
 def test_a_storer_that_hangs_keeps_no_client_waiting(tmp_path: pathlib.Path) -> None:

@@ -39,6 +39,23 @@ def wait_for_fin(sock: socket.socket) -> None:
         time.sleep(0.001)
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_the_peer_is_known_even_of_a_connection_that_it_has_reset(host: str) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as server:
+        client = socket.create_connection(server.getsockname()[:2])
+        accepted, peer = server.accept()
+        with accepted:
+            assert tcp_info.peer(accepted) == peer[:2]
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.close()
+            with pytest.raises(ConnectionResetError):
+                accepted.recv(1)
+            with pytest.raises(OSError):
+                accepted.getpeername()
+            assert tcp_info.peer(accepted) == peer[:2]
+
+
 def test_nothing_read_is_nothing_consumed(pair: tuple[socket.socket, socket.socket]) -> None:
     client, server = pair
     client.sendall(b"x" * 1000)
