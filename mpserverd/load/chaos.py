@@ -237,6 +237,7 @@ class Chaos:
         if not self._wait(self._is_quiet, QUIET_S_MAX):
             self.report.fail(f"the daemon was not quiet within {QUIET_S_MAX:.0f} s")
         self._check_workers()
+        self._check_chunks()
         self._check_ledger()
         code = self._unit.stop()
         self.say(f"daemon stopped, exit code {code}")
@@ -259,6 +260,18 @@ class Chaos:
         if not self._wait(lambda: _running(self._watch.ask_facts()) == wanted, QUIET_S_MAX):
             found = _running(facts)
             self.report.fail(f"{found} workers run; the last configuration says {wanted}")
+
+    def _check_chunks(self) -> None:
+        """Every chunk is free or leased to somebody who lives, whoever died with it in hand."""
+        wrong = "not looked at"
+
+        def right() -> bool:
+            nonlocal wrong
+            wrong = self._watch.stray_chunks()
+            return not wrong
+
+        if not self._wait(right, QUIET_S_MAX):
+            self.report.fail(f"nothing is held any more, but {wrong}")
 
     def _check_ledger(self) -> None:
         try:

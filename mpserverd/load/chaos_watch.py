@@ -12,10 +12,12 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
+
 from mpserverd.arena import report
-from mpserverd.arena.chunks import ChunkTable
+from mpserverd.arena.chunks import LEASED, USED, ChunkTable
 from mpserverd.arena.live import LiveState
-from mpserverd.arena.state import StateTable
+from mpserverd.arena.state import Slot, StateTable
 from mpserverd.control.client import request_state
 from mpserverd.errors import MpserverdError
 
@@ -56,6 +58,27 @@ class Watch:
         """Who the processes are now; None when the daemon does not answer soon."""
         live = self._maybe_live(FACTS_S)
         return None if live is None else live.facts
+
+    def stray_chunks(self) -> str:
+        """What is wrong with the chunk table of a daemon that holds nothing, "" when nothing is.
+
+        Every chunk is free, or leased to a process that lives. One that is neither is lost for good.
+        """
+        live = self._maybe_live(DEADLINE_S)
+        if live is None:
+            return "the daemon does not answer"
+        words = live.chunks.words.copy()
+        slots = live.state.slots
+        living = slots[slots[:, Slot.PID] != 0, Slot.LEASE]
+        used = words[(words & 3) == USED] >> 2
+        leased = words[(words & 3) == LEASED] >> 2
+        dead = leased[~np.isin(leased, living)]
+        wrong = {"held, of streams": used, "leased to dead processes": dead}
+        return "; ".join(
+            f"{len(numbers)} chunks are {what} {np.unique(numbers)[:9].tolist()}"
+            for what, numbers in wrong.items()
+            if len(numbers)
+        )
 
     def _maybe_live(self, deadline_s: float) -> LiveState | None:
         try:

@@ -158,9 +158,7 @@ def test_supervisors_killed_inside_the_exchange_of_carriers_lose_nobody(tmp_path
                 ended += chance.randrange(passing)
                 wait_for(lambda ended=ended: unit.log().count("connection ended") >= ended, 30)
                 start = unit.system.kill()
-            if chance.random() < 0.5:
-                unit.system.wait_ready(start=start)
-        unit.system.wait_ready(start=start)
+            unit.system.wait_ready(start=start)
         for client, content in zip(clients, contents, strict=True):
             client.sendall(content[800:])
             client.shutdown(socket.SHUT_WR)

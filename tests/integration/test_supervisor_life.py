@@ -301,6 +301,14 @@ def test_deaths_are_counted_over_reloads_and_a_reload_is_none(tmp_path: Path) ->
             assert int(state.slots[SUPERVISOR_SLOT, column(Role.SUPERVISOR, "child_deaths")]) == 4
 
 
+def test_the_kernel_would_kill_workers_first_and_the_supervisor_last(tmp_path: Path) -> None:
+    """For want of memory: a worker's place is taken over at once."""
+    with RunningSupervisor(tmp_path) as supervisor:
+        pids = [supervisor.process.pid, supervisor.facts()["storer"]["pid"], supervisor.workers()[0]["pid"]]
+        own, storer, worker = (int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in pids)
+        assert own < storer < worker or own == 1000
+
+
 # -- stop
 
 

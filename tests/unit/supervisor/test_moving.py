@@ -15,6 +15,7 @@ import pytest
 from mpserverd.arena.chunks import Arena
 from mpserverd.arena.migrate import Geometry
 from mpserverd.arena.state import (
+    CRASHES_KEPT,
     FIRST_WORKER_SLOT,
     Con,
     ConnectionState,
@@ -25,10 +26,13 @@ from mpserverd.arena.state import (
     StreamState,
 )
 from mpserverd.arena.window import LeasePool, StreamWindow
+from mpserverd.config.schema import Config
 from mpserverd.errors import LayoutError, StartError
-from mpserverd.supervisor import moving
+from mpserverd.supervisor import connections_lock, moving
+from mpserverd.supervisor.connections_lock import lock
 from mpserverd.supervisor.core import SLOTS
 from mpserverd.supervisor.fd_store import FdStore
+from mpserverd.supervisor.making_core import take_memory
 from mpserverd.supervisor.moving import Moving
 from mpserverd.supervisor.remembered import Remembered
 from mpserverd.supervisor.stored_memory import Memory, memory_generation, memory_names
@@ -106,6 +110,21 @@ def store() -> Iterator[Store]:
         os.close(fd)
     yield made
     made.close()
+
+
+def test_a_start_that_waits_for_a_lock_in_vain_is_no_crash(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody of the earlier run hangs in the kernel and holds it. Six such starts within a minute discard nothing."""
+    monkeypatch.setattr(connections_lock, "WAIT_S", 0.0)
+    held = lock(store.kept["state"][0])
+    for _ in range(CRASHES_KEPT):
+        found = store.hand_back()
+        assert found.memory is not None, "discarded"
+        with pytest.raises(StartError, match="does not die"):
+            take_memory(found, Config(), store)
+    os.close(held)
+    found = store.hand_back()
+    assert found.memory is not None
+    assert found.memory.state.head_words("CRASH_COUNT")[0] == 1, "the death before the first of them"
 
 
 def settle(store: Store, wanted: Geometry) -> Memory:
