@@ -134,7 +134,11 @@ def test_a_client_whose_worker_died_just_before_it_hung_up_is_told_at_once(tmp_p
 
 
 def test_supervisors_killed_inside_the_exchange_of_carriers_lose_nobody(tmp_path: pathlib.Path) -> None:
-    """systemd takes nothing for a while, so the exchange lasts; newcomers come and others go, and then kill -9."""
+    """systemd takes nothing for a while, so the exchange lasts; newcomers come and others go, and then kill -9.
+
+    Those who stay come first: the kernel hands connections over in their order, so when one that came later has ended
+    they have been carried.
+    """
     chance = random.Random(SEED)
     contents: list[bytes] = []
     with (
@@ -142,20 +146,24 @@ def test_supervisors_killed_inside_the_exchange_of_carriers_lose_nobody(tmp_path
         contextlib.ExitStack() as stack,
     ):
         clients: list[socket.socket] = []
+
+        def come_and_stay() -> None:
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", unit.port)))
+            contents.append(senders.payload(SEED + len(contents), 1600))
+            client.sendall(contents[-1][:800])
+            clients.append(client)
+
         for _ in range(EXCHANGE_KILLS):
+            come_and_stay()
+            wait_for(lambda: unit.active() == len(clients), 30)  # whoever queued before is over
             with unit.system._changed:
-                ended = unit.log().count("connection ended")
-                passing = SINGLES_MAX + chance.randrange(-10, SINGLES_MAX)
-                for number in range(passing):
-                    client = socket.create_connection(("127.0.0.1", unit.port))
-                    if number % 20 == 0:
-                        content = senders.payload(SEED + len(contents), 1600)
-                        client.sendall(content[:800])
-                        clients.append(stack.enter_context(client))
-                        contents.append(content)
+                ended = unit.log().count("connection ended") + SINGLES_MAX // 2
+                for number in range(2 * SINGLES_MAX):
+                    if number < SINGLES_MAX // 2 and number % 5 == 0:
+                        come_and_stay()
                     else:
-                        client.close()
-                ended += chance.randrange(passing)
+                        socket.create_connection(("127.0.0.1", unit.port)).close()
+                ended += chance.randrange(SINGLES_MAX)
                 wait_for(lambda ended=ended: unit.log().count("connection ended") >= ended, 30)
                 start = unit.system.kill()
             unit.system.wait_ready(start=start)
