@@ -118,7 +118,7 @@ class StreamRows:
         if not self._free and now_s - self._scanned_s >= _RESCAN_S:
             self._scanned_s = now_s
             self.sweep()
-            known = self._draining
+            known = self._draining.union(self._free)  # what was just swept is free, too
             free = np.flatnonzero(self._state.streams[:, Str.STATE] == StreamState.FREE).tolist()
             self._free.extend(row for row in free if row not in known)
         return self._free.popleft() if self._free else None

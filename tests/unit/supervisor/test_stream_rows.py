@@ -51,6 +51,21 @@ def test_nothing_of_the_last_stream_is_left_in_a_row_that_is_taken_again(state: 
     assert state.streams[row, Str.NUMBER] > number
 
 
+def test_rows_that_came_back_just_when_all_were_used_up_are_given_once(
+    state: StateTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given twice, two connections would write into one stream."""
+    monkeypatch.setattr("mpserverd.supervisor.stream_rows._RESCAN_S", 0.0)
+    rows = StreamRows(state)
+    for number in range(4):
+        rows.open_fresh(str(number), 1, 16, StreamFlag(0))
+    for row in (1, 2):
+        rows.drain(row)
+        as_storer(state, row, StreamState.FREE)
+    again = [rows.open_fresh(f"again-{number}", 1, 16, StreamFlag(0)) for number in range(4)]
+    assert sorted(row for row in again if row is not None) == [1, 2]
+
+
 def test_rows_run_out_and_come_back(state: StateTable) -> None:
     rows = StreamRows(state)
     taken = [rows.open_fresh(str(number), 1, 16, StreamFlag(0)) for number in range(5)]
