@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from mpserverd.arena.counters import Role
 from mpserverd.errors import StartError
-from mpserverd.supervisor.children import Child, Children
+from mpserverd.supervisor.child import Child
+from mpserverd.supervisor.children import Children
 from mpserverd.supervisor.core import Core
 from mpserverd.supervisor.states import ChildState
 from mpserverd.systemd import Notifier
