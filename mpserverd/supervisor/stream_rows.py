@@ -99,6 +99,7 @@ class StreamRows:
         """``connection`` has the stream from now on, or waits for it."""
         self._user[row] = connection
         if self.state_of(row) is not StreamState.OPENING:
+            self._opening.discard(row)
             self._state.streams[row, Str.CONNECTION] = connection
 
     def abandon(self, row: int) -> None:
@@ -108,6 +109,7 @@ class StreamRows:
     def drain(self, row: int) -> None:
         """OPEN to DRAINING; the caller rings the storer."""
         self._user.pop(row, None)
+        self._opening.discard(row)
         self._state.streams[row, Str.CONNECTION] = NO_CONNECTION
         self._state.streams[row, Str.RATE_MILLI] = 0
         self._draining.add(row)
@@ -144,7 +146,7 @@ class StreamRows:
     # -- what the storer did
 
     def opened(self) -> list[int]:
-        """Rows that the storer has opened since the last call."""
+        """Rows that the storer has opened since the last call, and that nobody has found open before."""
         done = [row for row in self._opening if self.state_of(row) is not StreamState.OPENING]
         self._opening.difference_update(done)
         return done

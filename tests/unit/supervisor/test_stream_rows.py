@@ -104,3 +104,39 @@ def test_an_opening_row_is_left_to_the_storer_when_nobody_waits_any_more(state: 
     rows.abandon(row)
     assert (state.streams[row] == before).all()
     assert rows.user(row) is None
+
+
+def asked_for(rows: StreamRows) -> int:
+    row = rows.begin_opening("press-7", 1, 16, StreamFlag.STORE, 0)
+    assert row is not None
+    rows.abandon(row)
+    return row
+
+
+def test_a_stream_that_somebody_found_open_is_not_told_as_opened_once_more(state: StateTable) -> None:
+    """Told again, its connection would be placed again: behind what has come from it meanwhile, and with another
+    worker beside the first."""
+    rows = StreamRows(state)
+    row = asked_for(rows)
+    as_storer(state, row, StreamState.OPEN)
+    rows.use(row, 3)
+    assert rows.opened() == []
+
+
+def test_a_stream_that_is_drained_before_it_was_told_as_opened_is_drained_once(state: StateTable) -> None:
+    """Drained again it would be taken out of the hands of who has its row then."""
+    rows = StreamRows(state)
+    row = asked_for(rows)
+    as_storer(state, row, StreamState.OPEN)
+    rows.drain(row)
+    assert rows.opened() == []
+
+
+def test_who_waits_for_a_stream_is_told_when_it_is_open(state: StateTable) -> None:
+    rows = StreamRows(state)
+    row = asked_for(rows)
+    rows.use(row, 3)
+    assert rows.opened() == []
+    as_storer(state, row, StreamState.OPEN)
+    assert rows.opened() == [row]
+    assert rows.opened() == []
