@@ -298,8 +298,8 @@ class Accepting:
             return
         cookie = tcp_info.cookie(sock)
         if not carried:
-            # As early as can be: a supervisor that is killed between accept and this line takes the connection with
-            # it (about 20 us). One that is carried and has no row is found by the next supervisor: take_stray.
+            # As early as can be: until then only the guard knows of it. One that is carried and has no row is found by
+            # the next supervisor: take_stray.
             self.carry(cookie, sock.fileno())
         try:
             make_ready(sock, settings)

@@ -22,6 +22,7 @@ from mpserverd import log
 from mpserverd.supervisor.carrier import Carrier, CarrierFullError
 from mpserverd.supervisor.core import Core
 from mpserverd.supervisor.fd_store import FdStore
+from mpserverd.supervisor.guard import Guard
 from mpserverd.supervisor.loop import READ
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ ENDED_MAX = 1000
 ENDED_AGE_TICKS = 60
 """... or any at all for so many seconds: each holds a socket in the kernel."""
 FLUSH_AGAIN_S = 0.01
+GUARD_AGAIN_S = 0.1
 ANSWER_S = 2.0
 """So long newcomers wait for a store that does not answer; then they are served without."""
 LISTENER_PREFIX = "listener-"
@@ -61,6 +63,7 @@ class Keeping:
         self._next_number = 1
         self._ended_count = 0
         self._ticks = 0
+        self._guard = Guard(core.state)
         self._barrier = -1
         self._barrier_s = 0.0
         self._short = False
@@ -113,12 +116,37 @@ class Keeping:
 
     def take_up(self, carriers: list[tuple[int, Carrier]], next_number: int) -> None:
         """Go on with carriers that are in the store and together hold every connection, the newest last."""
-        self._carriers, self._next_number = carriers, next_number
+        self._next_number = next_number
+        self._use(carriers)
 
     def begin(self) -> None:
         """Make the first carrier, or pack what was taken up."""
         if self.present:
+            self._start_guard()
             self.pack()
+
+    def _start_guard(self) -> None:
+        try:
+            self._guard.begin()
+        except OSError as error:
+            log.event(logger, logging.WARNING, "no guard", why=error.strerror, again_in_s=GUARD_AGAIN_S)
+            self._core.loop.after(GUARD_AGAIN_S, self._start_guard)
+            return
+        self._core.loop.watch(self._guard.pidfd, READ, lambda _: self._guard_died())
+
+    def _guard_died(self) -> None:
+        """Somebody killed it; the next one is a moment away."""
+        self._end_guard()
+        self._core.loop.after(GUARD_AGAIN_S, self._start_guard)
+
+    def _end_guard(self) -> None:
+        self._core.loop.unwatch(self._guard.pidfd)
+        self._guard.end()
+
+    def _use(self, carriers: list[tuple[int, Carrier]]) -> None:
+        """From now on newcomers go into these; whoever closes another one does it after this."""
+        self._carriers = carriers
+        self._guard.point_at([carrier.ends[0] for _, carrier in carriers])
 
     def has_room(self) -> bool:
         """Whether newcomers can be carried now; if not, the kernel's queue keeps them until systemd has answered."""
@@ -182,7 +210,7 @@ class Keeping:
                 fresh.close()
                 return
         number, self._next_number = self._next_number, self._next_number + 1
-        self._carriers.append((number, fresh))
+        self._use([*self._carriers, (number, fresh)])
         self._ended_count = self._ticks = 0
         for name, end in zip(carrier_names(number), fresh.ends, strict=True):
             self._store.push(name, [end])
@@ -195,11 +223,12 @@ class Keeping:
     def _stored(self) -> None:
         """The barrier came back: the store has the last carrier."""
         self._drop_barrier()
-        for number, old in self._carriers[:-1]:
+        *before, last = self._carriers
+        self._use([last])
+        for number, old in before:
             for name in carrier_names(number):
                 self._store.remove(name)
             old.close()
-        self._carriers = self._carriers[-1:]
         self._flush()
         if self._missed or self._carriers[-1][1].wants_packing:
             self.pack()
@@ -234,6 +263,7 @@ class Keeping:
 
     def close(self) -> None:
         self._drop_barrier()
+        self._end_guard()
         for _, carrier in self._carriers:
             carrier.close()
         self._carriers = []

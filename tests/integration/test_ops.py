@@ -198,7 +198,7 @@ def test_the_doctor_reads_the_limit_of_the_running_daemon(tmp_path: pathlib.Path
         code, found = doctor(daemon)
         assert code == 1
         assert levels(found, "descriptors") == {"fault"}
-        assert "may open 600 files, 64 clients need 1,280" in found["descriptors"][0]["text"]
+        assert "may open 600 files, 64 clients need 1,216" in found["descriptors"][0]["text"]
 
 
 def test_the_doctor_names_what_a_reload_would_change(tmp_path: pathlib.Path) -> None:

@@ -1,8 +1,11 @@
-/* Preloaded into a daemon by tests: makes its workers crash while they start, or hang in the kernel, when it is told to.
+/* Preloaded into a daemon by tests: makes its workers crash while they start, or hang in the kernel, and the supervisor
+ * die while it accepts, when it is told to.
  *
  * Every child names itself with prctl(PR_SET_NAME, "mps-<name>"); that is where this looks:
  *   $TROUBLE_DIR/crash-<name>   exists: the child dies of SIGSEGV at once
  *   SIGRTMIN+5                  makes a child create $TROUBLE_DIR/disk/hang: on a frozen disk it never comes back
+ * And where a TCP connection has just been accepted:
+ *   $TROUBLE_DIR/die-accepting  is removed, and the process killed, before it knows of the connection
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -13,6 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -52,4 +56,17 @@ int prctl(int option, ...)
     if (option == PR_SET_NAME)
         look((const char *)a);
     return result;
+}
+
+int accept4(int listener, struct sockaddr *address, socklen_t *length, int flags)
+{
+    int fd = (int)syscall(SYS_accept4, listener, address, length, flags);
+    const char *home = getenv("TROUBLE_DIR");
+    char path[PATH_MAX];
+    if (fd >= 0 && home != NULL && address->sa_family == AF_INET) {
+        snprintf(path, sizeof path, "%s/die-accepting", home);
+        if (unlink(path) == 0)
+            kill(getpid(), SIGKILL);
+    }
+    return fd;
 }

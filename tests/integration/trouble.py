@@ -1,4 +1,4 @@
-"""Workers that crash at their start, or hang in the kernel, on command: trouble.c, preloaded into a real daemon."""
+"""Processes that crash at their start, hang in the kernel or die in accept: trouble.c, preloaded into a daemon."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ HANG = signal.SIGRTMIN + 5
 
 
 class Trouble:
-    """``prefix`` goes before the daemon's command line. The disk that ``hang`` writes to is ``directory / "disk"``."""
+    """``prefix`` goes before the daemon's command line, or ``environ`` into its environment.
+
+    The disk that ``hang`` writes to is ``directory / "disk"``.
+    """
 
     def __init__(self, directory: pathlib.Path) -> None:
         needs("gcc", "env")
@@ -23,7 +26,8 @@ class Trouble:
         command = ["gcc", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", str(library), str(SOURCE)]
         answer = subprocess.run(command, capture_output=True, text=True, check=False)
         assert answer.returncode == 0, answer.stderr
-        self.prefix = ["env", f"LD_PRELOAD={library}", f"TROUBLE_DIR={directory}"]
+        self.environ = {"LD_PRELOAD": str(library), "TROUBLE_DIR": str(directory)}
+        self.prefix = ["env", *(f"{name}={value}" for name, value in self.environ.items())]
 
     def crash(self, name: str) -> None:
         """From now on every child of that name dies while it starts."""
@@ -31,6 +35,10 @@ class Trouble:
 
     def heal(self, name: str) -> None:
         (self.directory / f"crash-{name}").unlink()
+
+    def die_accepting(self) -> None:
+        """The supervisor is killed when it has accepted the next connection, and before it knows of it."""
+        (self.directory / "die-accepting").touch()
 
     @staticmethod
     def hang(pid: int) -> None:

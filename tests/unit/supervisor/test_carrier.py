@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import mmap
 import os
 import pathlib
@@ -12,10 +14,11 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
+from mpserverd.arena.state import StateTable
 from mpserverd.errors import StartError
 from mpserverd.load.stand_in_socket import NotifySocket
 from mpserverd.load.stand_in_store import FdStore as Stored
@@ -67,6 +70,7 @@ def test_what_is_put_in_comes_out_with_its_cookie(files: list[int]) -> None:
 
 
 def test_only_what_is_wanted_moves_to_another_carrier(files: list[int]) -> None:
+    gc.collect()  # what other tests left may close descriptors
     before = len(os.listdir("/proc/self/fd"))
     with contextlib.closing(Carrier.make()) as old, contextlib.closing(Carrier.make()) as fresh:
         old.fill(entries(files))
@@ -183,10 +187,20 @@ def store(tmp_path: pathlib.Path) -> Iterator[Store]:
         yield made
 
 
+@functools.cache
+def state_table() -> StateTable:
+    return StateTable.create(connections=2, streams=2, slots=2)
+
+
+def small_core() -> Any:
+    """As much of a core as Keeping looks at."""
+    return types.SimpleNamespace(loop=Loop(), state=state_table())
+
+
 def keeping_of(store: Store, live: Callable[[], list[tuple[int, int]]]) -> tuple[Keeping, Callable[[], None]]:
     """One that has its first carrier in the store, and what makes it hear the store's answers."""
-    core = types.SimpleNamespace(loop=Loop())
-    keeping = Keeping(core, store.towards(), live)  # type: ignore[arg-type]
+    core = small_core()
+    keeping = Keeping(core, store.towards(), live)
 
     def settle() -> None:
         deadline_s = time.monotonic() + 20
@@ -290,7 +304,7 @@ def test_more_singles_than_one_carrier_takes_go_into_two(store: Store, files: li
     assert [number for number, _ in fresh] == [3, 4] and store.numbers() == {3, 4}
     assert sorted(unloading.fds) == [cookie for cookie, _ in every_one]
     assert store.cookies() == set(unloading.fds)
-    keeping = Keeping(types.SimpleNamespace(loop=Loop()), towards, lambda: list(unloading.fds.items()))  # type: ignore[arg-type]
+    keeping = Keeping(small_core(), towards, lambda: list(unloading.fds.items()))
     keeping.take_up(fresh, unloading.next_number)
     keeping.begin()
     with store.listening():
@@ -360,9 +374,9 @@ class Life:
         for cookie in self._live:
             ledger[cookie] = CARRIED
         self._next = max(ledger.rfind(bytes([CARRIED])), ledger.rfind(bytes([OVER])), *unloading.fds) + 1
-        core = types.SimpleNamespace(loop=Loop())
+        core = small_core()
         self._loop = core.loop
-        self._keeping = Keeping(core, towards, lambda: list(self._live.items()))  # type: ignore[arg-type]
+        self._keeping = Keeping(core, towards, lambda: list(self._live.items()))
         self._keeping.take_up(fresh, unloading.next_number)
         self._keeping.begin()
 
