@@ -29,7 +29,6 @@ from mpserverd.errors import MpserverdError, StartError
 from mpserverd.load.chaos_clients import plan_message
 from mpserverd.load.chaos_compare import Comparison, compare
 from mpserverd.load.chaos_faults import Facts, Faults
-from mpserverd.load.chaos_judge import judge, peers_in
 from mpserverd.load.chaos_plan import (
     WORKERS_MIN,
     ChaosOptions,
@@ -291,9 +290,6 @@ class Chaos:
         report.troubles = self._clients.troubles if self._clients is not None else []
         if not report.clients_done or self._faults is None:
             return
-        with (self.directory / "daemon.log").open(errors="replace") as log:
-            known_peers = peers_in(log)
-        report.streams = judge(report.streams, self._faults.main_kills_ns, known_peers)
         self._before_compare(self.spool)
         self.say("comparing")
         try:

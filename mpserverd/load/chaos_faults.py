@@ -81,8 +81,6 @@ class Faults:
         self.workers: int | None = None
         """As the last reload said."""
         self.restarts_s: list[float] = []
-        self.main_kills_ns: list[int] = []
-        """When the supervisor was sent SIGKILL."""
 
     @property
     def anything_stopped(self) -> bool:
@@ -169,20 +167,16 @@ class Faults:
     def _kill_supervisor(self, wait: Callable[[], None]) -> list[Done]:
         """At times once more while it starts: in the middle of taking up what the last one left."""
         begin_ns, kills = time.monotonic_ns(), 1
-        start = self._kill_main()
+        start = self._unit.kill()
         while kills < AGAIN_MAX and self._chance.random() < AGAIN_SHARE:
             self._await(functools.partial(_has_begun, start), start, wait)
             until_s = time.monotonic() + self._chance.uniform(*AGAIN_S)
             while time.monotonic() < until_s:
                 wait()
                 time.sleep(min(POLL_S, max(0.0, until_s - time.monotonic())))
-            start, kills = self._kill_main(), kills + 1
+            start, kills = self._unit.kill(), kills + 1
         times = f", {kills} times" if kills > 1 else ""
         return self._ready_again(FaultKind.SUPERVISOR, f"kill -9 supervisor{times}", start, begin_ns, wait, kills)
-
-    def _kill_main(self) -> int:
-        self.main_kills_ns.append(time.monotonic_ns())
-        return self._unit.kill()
 
     def _restart(self, wait: Callable[[], None]) -> list[Done]:
         begin_ns = time.monotonic_ns()

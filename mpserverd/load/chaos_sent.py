@@ -34,8 +34,7 @@ class SentConnection:
 class SentStream:
     """What must be stored: ``whole_bytes`` of the stream ``number`` of ``client``, with this hash.
 
-    ``name`` "": named by the daemon, after ``address`` and ``port``; port 0: any. ``skipped`` are the places of those
-    connections of which nothing may be stored, because they were cut while they were accepted (chaos_judge.py).
+    ``name`` "": named by the daemon, after ``address`` and ``port``; port 0: any.
     """
 
     client: int
@@ -46,7 +45,6 @@ class SentStream:
     whole_bytes: int
     sha256: str
     connections: tuple[SentConnection, ...]
-    skipped: tuple[int, ...] = ()
 
     @property
     def port(self) -> int:
@@ -55,33 +53,23 @@ class SentStream:
     @property
     def broken(self) -> str:
         """How the peer ended a connection; what is stored may then be a beginning of the stream."""
-        here = [each.how for place, each in enumerate(self.connections) if place not in self.skipped and each.is_broken]
+        here = [each.how for each in self.connections if each.is_broken]
         return here[-1] if here else ""
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
         """Offsets of what must be stored, a range for each connection."""
-        kept = [each for place, each in enumerate(self.connections) if place not in self.skipped]
-        return [(each.begin, each.end) for each in kept if each.end > each.begin]
+        return [(each.begin, each.end) for each in self.connections if each.end > each.begin]
 
     @property
     def wanted_bytes(self) -> int:
         return sum(end - begin for begin, end in self.ranges)
 
-    @property
-    def skipped_socket_bytes(self) -> int:
-        """Bytes of the skipped connections, torn ones among them."""
-        return sum(self.connections[i].end - self.connections[i].begin for i in self.skipped) + self.skipped_torn_bytes
-
-    @property
-    def skipped_torn_bytes(self) -> int:
-        return sum(self.connections[place].torn_bytes for place in self.skipped)
-
 
 def from_plain(fields: dict[str, Any]) -> SentStream:
     """Of what ``dataclasses.asdict`` made, after a way through JSON."""
     connections = tuple(SentConnection(**each) for each in fields["connections"])
-    return SentStream(**{**fields, "connections": connections, "skipped": tuple(fields["skipped"])})
+    return SentStream(**{**fields, "connections": connections})
 
 
 class StreamHash:

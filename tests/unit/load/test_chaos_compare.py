@@ -39,7 +39,6 @@ def sent(
     ends: tuple[int, ...] = (),
     number: int = 0,
     broken: str = "",
-    skipped: tuple[int, ...] = (),
 ) -> SentStream:
     """``ends`` are in packets; ``broken`` says how the last connection ended."""
     bounds = [0, *(ends or (packets,))]
@@ -55,7 +54,6 @@ def sent(
             SentConnection(PORT, first * SIZE, end * SIZE, 0, 0, 0, broken if end == bounds[-1] and broken else ENDED)
             for first, end in itertools.pairwise(bounds)
         ),
-        skipped=skipped,
     )
 
 
@@ -215,24 +213,3 @@ def test_clients_whose_names_begin_alike_are_told_apart(spool: SpoolWriter) -> N
     add(spool, content(0, 10), "chaos-10")
     found = result(spool, sent(10, name="chaos-1"))
     assert found.lines == [f"stream chaos-10@{1:016x} ({10 * SIZE} bytes) was sent by nobody"]
-
-
-def test_nothing_of_a_skipped_connection_may_be_stored(spool: SpoolWriter) -> None:
-    named = "pump"
-    ends = (5_000, 9_000, PACKETS)
-    add(spool, content(0, 5_000) + content(9_000, PACKETS), named, gaps=1, missing=4_000)
-    found = result(spool, sent(name=named, ends=ends, skipped=(1,)))
-    assert found.is_exact and (found.gaps, found.missing) == (1, 4_000)
-
-
-def test_a_packet_of_a_skipped_connection_is_strange(spool: SpoolWriter) -> None:
-    add(spool, content(0, 5_001) + content(9_000, PACKETS), "pump", gaps=1, missing=3_999)
-    found = result(spool, sent(name="pump", ends=(5_000, 9_000, PACKETS), skipped=(1,)))
-    assert (found.lost_bytes, found.doubled_bytes, found.strange_bytes) == (0, 0, SIZE)
-
-
-def test_a_stream_whose_only_connection_is_skipped_is_not_missed(spool: SpoolWriter) -> None:
-    assert result(spool, sent(skipped=(0,))).is_exact
-    add(spool, content(0, 2))
-    found = result(spool, sent(skipped=(0,)))
-    assert not found.is_exact and found.strange_bytes == 2 * SIZE
