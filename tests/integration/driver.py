@@ -51,6 +51,8 @@ class Daemon:
         self.prefix = list(prefix)
         self.process: subprocess.Popen[bytes] | None = None
         self.expected_exit = 0
+        self.ledger_expected = True
+        """Before it is stopped the accounts are looked at: every test that moves packets is one of the ledger too."""
         self.tracebacks_expected = False
 
     # -- life
@@ -62,6 +64,8 @@ class Daemon:
         try:
             if self.process is not None and self.process.poll() is None:
                 if kind is None:
+                    if self.ledger_expected:
+                        self.ledger()
                     self.stop()
                 else:
                     self._end_by_force()

@@ -14,8 +14,8 @@ from tests.integration.driver import DEADLINE_S, SLOWNESS, connect
 from tests.integration.oracle import sha256
 from tests.integration.senders import payload
 from tests.integration.supervisor_driver import wait_for
-from tests.integration.test_supervisor_death import Unit
 from tests.integration.trouble import Trouble
+from tests.integration.unit_driver import Unit
 
 KILLS = 5
 

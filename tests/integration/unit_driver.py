@@ -12,6 +12,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from mpserverd.arena.live import open_state
+from mpserverd.arena.report import ledger
 from mpserverd.arena.state import Con, StateTable
 from mpserverd.control.client import request, request_state
 from mpserverd.load.stand_in import StandIn, UnitSettings
@@ -82,8 +84,12 @@ class Unit:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        left = self.system.close()
-        self._log.close()
+        try:
+            if kind is None and self.system.state.ready:  # every test that moves packets is one of the ledger too
+                assert ledger(open_state(f"{self.home}/control.sock"), every_stream=False)["holds"]
+        finally:
+            left = self.system.close()
+            self._log.close()
         if kind is not None:
             sys.stderr.write(self.log()[-6000:])
         else:
