@@ -20,14 +20,17 @@ FIRST_FD = 3
 
 
 def passed_fds(environ: Mapping[str, str] = os.environ, pid: int | None = None) -> dict[str, int]:
-    """Descriptor by name, if they were passed to this very process; a child of it has none."""
+    """Descriptor by name, if they were passed to this very process; a child of it has none.
+
+    Those without a name were the daemon's own, from systemd's store (supervisor/fd_store.py).
+    """
     if environ.get("LISTEN_PID") != str(os.getpid() if pid is None else pid):
         return {}
     count = environ.get("LISTEN_FDS", "")
     names = environ.get("LISTEN_FDNAMES", "").split(":")
     if not count.isdecimal() or len(names) != int(count):
         return {}
-    return {name: FIRST_FD + index for index, name in enumerate(names)}
+    return {name: FIRST_FD + index for index, name in enumerate(names) if name}
 
 
 def try_claim(config: ListenerConfig, environ: Mapping[str, str] = os.environ) -> socket.socket | None:

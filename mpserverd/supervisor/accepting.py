@@ -237,15 +237,18 @@ class Accepting:
         meanwhile, or a flood would keep the supervisor here."""
         batches = self._core.config.server.backlog // ACCEPT_BATCH_MAX + 1 if self._serving else 0
         for _ in range(batches):
-            if self._accept_batch(listener) < ACCEPT_BATCH_MAX:
+            if self._accept_batch(listener, leaving=True) < ACCEPT_BATCH_MAX:
                 return
 
-    def _accept_batch(self, listener: Listener) -> int:
-        """Up to a batch, so that other events get their turn. Returns how many came."""
+    def _accept_batch(self, listener: Listener, *, leaving: bool = False) -> int:
+        """Up to a batch, so that other events get their turn. Returns how many came.
+
+        A listener that is ``leaving`` waits for no room in a carrier: who is not let in now is reset.
+        """
         if listener.held:
             return 0
         for count in range(ACCEPT_BATCH_MAX):
-            if not self.has_room():
+            if not self.has_room() and not leaving:
                 self._rest(listener)
                 return count
             try:

@@ -76,7 +76,12 @@ class Connection:
 
 
 def is_ending(fd: int) -> bool:
-    """Whether the peer has closed or reset it. Poll takes no lock of the socket, so it may be asked at any time."""
+    """Whether the peer has closed or reset it. Poll takes no lock of the socket, so it may be asked at any time.
+
+    One whose descriptor did not come back from the store (-1) is at its end.
+    """
+    if fd < 0:
+        return True
     poll = select.poll()
     poll.register(fd, select.POLLRDHUP)
     return bool(poll.poll(0))

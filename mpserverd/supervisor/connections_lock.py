@@ -18,15 +18,23 @@ from collections.abc import Iterable, Iterator
 from mpserverd.errors import StartError
 
 WAIT_S = 20.0
+GUARD_S = 2.0
+"""A guard that has not put everything into the carriers by then (it takes milliseconds) stands still."""
 """For workers that were told to die: a worker only touches memory and sockets, so more than a moment is a fault."""
 _LOOK_AGAIN_S = 0.002
 
 
-def lock(state_fd: int) -> int:
-    """A descriptor that holds the lock, for the supervisor and its workers. Raises StartError after WAIT_S."""
+def lock(state_fd: int, *, guard_pid: int = 0) -> int:
+    """A descriptor that holds the lock, for the supervisor and its workers. Raises StartError after WAIT_S.
+
+    ``guard_pid``: the earlier supervisor's guard, which holds the lock until it has done its work; 0 for none.
+    """
     fd = os.open(f"/proc/self/fd/{state_fd}", os.O_RDWR | os.O_CLOEXEC)
     deadline_s = time.monotonic() + WAIT_S
     while True:
+        if guard_pid and time.monotonic() > deadline_s - WAIT_S + GUARD_S:
+            kill_leftovers([guard_pid], state_fd)
+            guard_pid = 0
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return fd
@@ -34,7 +42,7 @@ def lock(state_fd: int) -> int:
             if time.monotonic() > deadline_s:
                 os.close(fd)
                 raise StartError(
-                    "a worker of the last supervisor does not die; what it owns cannot be taken up"
+                    "a process of the last supervisor does not die; what it owns cannot be taken up"
                 ) from None
             time.sleep(_LOOK_AGAIN_S)
 

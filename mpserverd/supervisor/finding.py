@@ -285,6 +285,7 @@ class Finding:
         self.waiting.pop(connection.row, None)
         connection.stream, connection.rival = stream, None
         self._streams.use(stream, connection.row)
+        self._streams.settled(stream)
         source = self._core.state.streams[stream]
         words = self._core.state.connections[connection.row]
         words[Con.STREAM] = stream

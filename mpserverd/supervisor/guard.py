@@ -51,23 +51,32 @@ class Guard:
         self.pidfd = self._supervisor = -1
 
     def begin(self) -> None:
-        """Start the process; call it in the main thread. Raises OSError."""
+        """Start the process; call it in the main thread. Raises OSError; then there is none, and nothing is left."""
         old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # it keeps them blocked
-        self._supervisor = os.pidfd_open(os.getpid())
+        was_collecting = gc.isenabled()
+        gc.disable()  # in the guard for good: what it collected would be closed for both
         try:
+            self._supervisor = os.pidfd_open(os.getpid())
             pid = _locked.syscall(*map(ctypes.c_long, (_SYS_CLONE, _CLONE_FILES | signal.SIGCHLD, 0, 0, 0, 0)))
             if pid == 0:
                 self._watch()
             if pid < 0:
                 raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-            self.pid, self.pidfd = pid, os.pidfd_open(pid)
+            self.pid = pid
+            self.pidfd = os.pidfd_open(pid)
+        except OSError:
+            self.end()
+            raise
         finally:
+            if was_collecting:
+                gc.enable()
             signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
 
     def point_at(self, carriers: Sequence[int]) -> None:
         """The ends that take connections, of the carriers in use. Call it before one of them is closed."""
+        newest = carriers[-_CARRIERS_MAX:]
         for place in range(_CARRIERS_MAX):
-            self._carriers[place] = carriers[place] + 1 if place < len(carriers) else 0
+            self._carriers[place] = newest[place] + 1 if place < len(newest) else 0
 
     def end(self) -> None:
         """Kill it, or collect it when it is dead."""
@@ -75,15 +84,15 @@ class Guard:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
-            os.close(self.pidfd)
-            os.close(self._supervisor)
-            self.pid, self.pidfd = 0, -1
+        for fd in (self.pidfd, self._supervisor):
+            if fd >= 0:
+                os.close(fd)
+        self.pid, self.pidfd, self._supervisor = 0, -1, -1
 
     # -- in the guard
 
     def _watch(self) -> NoReturn:
         try:
-            gc.disable()
             _locked.prctl(_PR_SET_NAME, NAME.encode(), 0, 0, 0)
             poll = select.poll()
             poll.register(self._supervisor, select.POLLIN)
@@ -126,8 +135,10 @@ def _option(fd: int, name: int, size: int = 4) -> int | None:
 
 def _put(carrier: int, cookie: int, fd: int) -> None:
     """As Carrier.put does; a full carrier is nothing that could be mended here."""
-    into = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=carrier)
     with contextlib.suppress(OSError):
+        into = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=carrier)
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
-        into.sendmsg([struct.pack("<Q", cookie)], rights, socket.MSG_DONTWAIT)
-    into.detach()
+        try:
+            into.sendmsg([struct.pack("<Q", cookie)], rights, socket.MSG_DONTWAIT)
+        finally:
+            into.detach()

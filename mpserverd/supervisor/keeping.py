@@ -32,7 +32,7 @@ ENDED_MAX = 1000
 ENDED_AGE_TICKS = 60
 """... or any at all for so many seconds: each holds a socket in the kernel."""
 FLUSH_AGAIN_S = 0.01
-GUARD_AGAIN_S = 0.1
+GUARD_AGAIN_S, GUARD_AGAIN_S_MAX = 0.1, 60.0
 ANSWER_S = 2.0
 """So long newcomers wait for a store that does not answer; then they are served without."""
 LISTENER_PREFIX = "listener-"
@@ -64,6 +64,9 @@ class Keeping:
         self._ended_count = 0
         self._ticks = 0
         self._guard = Guard(core.state)
+        self._guard_again_s = GUARD_AGAIN_S
+        self.on_guard: Callable[[], None] = _nothing
+        """There is another guard: its pid is to be remembered."""
         self._barrier = -1
         self._barrier_s = 0.0
         self._short = False
@@ -125,14 +128,24 @@ class Keeping:
             self._start_guard()
             self.pack()
 
+    @property
+    def guard_pid(self) -> int:
+        """0 while there is none."""
+        return self._guard.pid
+
     def _start_guard(self) -> None:
         try:
             self._guard.begin()
         except OSError as error:
-            log.event(logger, logging.WARNING, "no guard", why=error.strerror, again_in_s=GUARD_AGAIN_S)
-            self._core.loop.after(GUARD_AGAIN_S, self._start_guard)
+            if self._guard_again_s == GUARD_AGAIN_S:
+                then = "who is being accepted when the supervisor is killed is cut off"
+                log.event(logger, logging.WARNING, "no guard", why=error.strerror, then=then)
+            self._core.loop.after(self._guard_again_s, self._start_guard)
+            self._guard_again_s = min(2 * self._guard_again_s, GUARD_AGAIN_S_MAX)
             return
+        self._guard_again_s = GUARD_AGAIN_S
         self._core.loop.watch(self._guard.pidfd, READ, lambda _: self._guard_died())
+        self.on_guard()
 
     def _guard_died(self) -> None:
         """Somebody killed it; the next one is a moment away."""
@@ -278,3 +291,7 @@ class Keeping:
     def _flush_again(self) -> None:
         self._flushing = False
         self._flush()
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""

@@ -42,7 +42,7 @@ from mpserverd.supervisor.spawn import Program
 from mpserverd.supervisor.spool_lock import try_lock_spool
 from mpserverd.supervisor.states import ChildState
 from mpserverd.supervisor.stats_tick import StatsTick
-from mpserverd.supervisor.stored_memory import FACTS, memory_names
+from mpserverd.supervisor.stored_memory import FACTS, GUARD_FACT, memory_names
 from mpserverd.supervisor.takeover import look_through
 from mpserverd.supervisor.taking_up import TakingUp
 from mpserverd.supervisor.totals import read_totals
@@ -99,6 +99,7 @@ class Supervisor:
         self._connections = Connections(core, self._children)
         self._keeping = Keeping(core, self._store, self._connections.dups)
         self._connections.on_gone = self._keeping.ended
+        self._keeping.on_guard = self._write_facts
         self._connections.suspecting.on_change = self._write_facts
         self._accepting = Accepting(core, self._connections)
         self._accepting.on_change = self._listeners_changed
@@ -184,7 +185,8 @@ class Supervisor:
         core = self._core
         facts = listener_facts(core.config, core.listeners, self._accepting.next_id)
         quarantine = self._connections.quarantine.facts()
-        self._facts.write({**facts, "quarantine": quarantine, "draining": core.draining})
+        kept = {"quarantine": quarantine, "draining": core.draining, GUARD_FACT: self._keeping.guard_pid}
+        self._facts.write({**facts, **kept})
 
     def _listeners_changed(self) -> None:
         self._write_facts()

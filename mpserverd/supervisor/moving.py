@@ -67,7 +67,7 @@ class Moving:
         stored = self._stored
         state_fd = stored.state.fd
         self._killed = kill_leftovers(stored.pids(), state_fd)
-        lock_fd = lock(state_fd)
+        lock_fd = lock(state_fd, guard_pid=stored.guard_pid())
         try:
             for aim in self._aims():
                 moved = self._try_move(aim)

@@ -117,6 +117,9 @@ class Reload:
         except StartError:
             targets.close()
             raise
+        except OSError as error:
+            targets.close()
+            raise StartError(f"the listeners cannot be changed: {error}") from error
 
     def _check_places(self, count: int) -> None:
         """Fresh workers start beside the old ones, and beside those that hang in the kernel."""
@@ -264,6 +267,9 @@ class Reload:
     def _is_waited_for(self, child: Child, waited_s: float) -> bool:
         """A storer that writes to a slow disk is never killed; the next one starts when it has left."""
         if child not in list(self._children) or child.state is ChildState.STUCK:
+            return False
+        if child.state is ChildState.GIVEN_UP:
+            self._children.forget(child)
             return False
         if child.role is Role.STORER and waited_s > STORER_TIMEOUT_S:
             self._core.note(logger, logging.WARNING, "storer takes long to leave", pid=child.pid, then="it is replaced")

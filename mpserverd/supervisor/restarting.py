@@ -57,11 +57,13 @@ def unit_name(environ: Mapping[str, str] = os.environ) -> str:
 
 def ask(loop: Loop, unit: str, on_answer: Callable[[bool], None]) -> None:
     """Call ``on_answer`` once, from the loop, with whether the unit is being restarted. Does not block."""
-    lines_fd = os.memfd_create("mpserverd-jobs", os.MFD_CLOEXEC)  # no pipe: nobody has to read it meanwhile
+    lines_fd = -1
     try:
+        lines_fd = os.memfd_create("mpserverd-jobs", os.MFD_CLOEXEC)  # no pipe: nobody has to read it meanwhile
         process = subprocess.Popen(_LIST_JOBS, stdin=subprocess.DEVNULL, stdout=lines_fd, stderr=subprocess.DEVNULL)
     except OSError:
-        os.close(lines_fd)
+        if lines_fd >= 0:
+            os.close(lines_fd)
         loop.after(0.0, lambda: on_answer(False))
         return
     pidfd = os.pidfd_open(process.pid)

@@ -21,6 +21,7 @@ from mpserverd.supervisor.fd_store import FdStore
 from mpserverd.supervisor.remembered import Remembered
 
 FACTS = "facts"
+GUARD_FACT = "guard"
 PARTS = ("state", "chunks", "arena")
 
 
@@ -85,6 +86,11 @@ class StoredMemory:
         """Children of the last supervisor, dead ones too."""
         found: list[int] = self.state.column(SLOTS, "PID")[SUPERVISOR_SLOT + 1 :].tolist()
         return found
+
+    def guard_pid(self) -> int:
+        """0: unknown."""
+        pid = self.facts.read().get(GUARD_FACT, 0)
+        return pid if isinstance(pid, int) else 0
 
     def set_left(self) -> None:
         """The end that follows is no crash."""

@@ -99,8 +99,11 @@ class StreamRows:
         """``connection`` has the stream from now on, or waits for it."""
         self._user[row] = connection
         if self.state_of(row) is not StreamState.OPENING:
-            self._opening.discard(row)
             self._state.streams[row, Str.CONNECTION] = connection
+
+    def settled(self, row: int) -> None:
+        """Its connection knows where it stands; it is not to be told once more that the stream is open."""
+        self._opening.discard(row)
 
     def abandon(self, row: int) -> None:
         """Whoever waited for an OPENING stream went another way."""
@@ -146,7 +149,7 @@ class StreamRows:
     # -- what the storer did
 
     def opened(self) -> list[int]:
-        """Rows that the storer has opened since the last call, and that nobody has found open before."""
+        """Rows that the storer has opened since the last call, and whose connection is not settled."""
         done = [row for row in self._opening if self.state_of(row) is not StreamState.OPENING]
         self._opening.difference_update(done)
         return done

@@ -56,5 +56,18 @@ def test_a_guard_that_is_killed_is_replaced_and_none_is_left_at_the_end(tmp_path
     assert not guards(session)
 
 
+def test_a_guard_that_stands_still_keeps_no_start_waiting_for_long(tmp_path: pathlib.Path) -> None:
+    with Unit(tmp_path) as unit, connect(unit.port) as client:
+        client.sendall(bytes(1600))
+        wait_for(lambda: unit.durable() == 1600)
+        session = unit.system.state.pid
+        [guard] = guards(session)
+        os.kill(guard, signal.SIGSTOP)
+        unit.system.wait_ready(start=unit.system.kill())
+        client.sendall(bytes(1600))
+        wait_for(lambda: unit.durable() == 3200)
+        assert not guards(session)
+
+
 def guards(session: int) -> list[int]:
     return [pid for pid in session_pids(session) if pathlib.Path(f"/proc/{pid}/comm").read_text() == "mps-guard\n"]

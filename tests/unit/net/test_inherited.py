@@ -11,6 +11,7 @@ import pytest
 from mpserverd.config.schema import ListenerConfig
 from mpserverd.errors import StartError
 from mpserverd.net import inherited
+from mpserverd.supervisor.fd_store import claim
 
 
 @pytest.fixture
@@ -32,6 +33,13 @@ def address_of(sock: socket.socket) -> str:
 def test_names_are_those_of_the_environment() -> None:
     environ = {"LISTEN_PID": "7", "LISTEN_FDS": "2", "LISTEN_FDNAMES": "raw:presses"}
     assert inherited.passed_fds(environ, pid=7) == {"raw": 3, "presses": 4}
+
+
+def test_what_the_daemon_had_stored_itself_is_nobodys_any_more() -> None:
+    """Else a listener of ours out of systemd's store would be taken for a socket unit's, and never make place."""
+    environ = {"LISTEN_PID": "7", "LISTEN_FDS": "3", "LISTEN_FDNAMES": "state:raw:listener-mps"}
+    claim({"state", "listener-mps"}, environ)
+    assert inherited.passed_fds(environ, pid=7) == {"raw": 4}
 
 
 @pytest.mark.parametrize(

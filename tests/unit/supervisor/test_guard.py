@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import os
 import pathlib
 import signal
@@ -149,6 +151,30 @@ def test_what_the_supervisor_closes_is_closed_although_the_guard_lives(scene: Sc
     os.waitpid(pid, 0)
     scene.wait_until_gone(scene.said())
     assert scene.found() == []
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_guard_that_cannot_be_made_leaves_nothing(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, fails_at: int
+) -> None:
+    """No signal stays blocked, and no process and no descriptor remains, however often it is tried."""
+    real, calls = os.pidfd_open, itertools.count(1)
+
+    def fail(pid: int) -> int:
+        if next(calls) % 2 == fails_at % 2:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(pid)
+
+    guard = Guard(scene.state)
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(os, "pidfd_open", fail)
+    for _ in range(3):
+        with pytest.raises(OSError, match="Too many"):
+            guard.begin()
+        next(calls) if fails_at == 1 else None
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert guard.pid == 0
 
 
 def test_it_ends_with_a_supervisor_that_ends_it_and_hears_no_signal_before(scene: Scene) -> None:

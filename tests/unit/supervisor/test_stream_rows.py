@@ -120,6 +120,7 @@ def test_a_stream_that_somebody_found_open_is_not_told_as_opened_once_more(state
     row = asked_for(rows)
     as_storer(state, row, StreamState.OPEN)
     rows.use(row, 3)
+    rows.settled(row)
     assert rows.opened() == []
 
 
@@ -130,6 +131,14 @@ def test_a_stream_that_is_drained_before_it_was_told_as_opened_is_drained_once(s
     as_storer(state, row, StreamState.OPEN)
     rows.drain(row)
     assert rows.opened() == []
+
+
+def test_who_takes_a_stream_just_when_the_storer_opens_it_is_told(state: StateTable) -> None:
+    rows = StreamRows(state)
+    row = asked_for(rows)
+    as_storer(state, row, StreamState.OPEN)
+    rows.use(row, 3)
+    assert rows.opened() == [row]
 
 
 def test_who_waits_for_a_stream_is_told_when_it_is_open(state: StateTable) -> None:
