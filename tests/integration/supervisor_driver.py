@@ -1,4 +1,4 @@
-"""Runs the supervisor as a process of its own, with the real worker and a small storer, for tests of the supervisor."""
+"""Runs the supervisor as a process of its own, with the real worker and a small storer or the real one, for tests."""
 
 from __future__ import annotations
 
@@ -59,7 +59,15 @@ def wait_for(what: Callable[[], Any], timeout_s: float = WAIT_S) -> Any:
 class RunningSupervisor:
     """``with RunningSupervisor(tmp_path, workers=2) as supervisor``: started, and stopped at the end in any case."""
 
-    def __init__(self, directory: Path, *, fault: str = "", descriptors: int = 4096, **settings: Any) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        fault: str = "",
+        descriptors: int = 4096,
+        real_storer: bool = False,
+        **settings: Any,
+    ) -> None:
         self.directory = directory
         self.spool = directory / "spool"
         self.spool.mkdir(exist_ok=True)
@@ -78,7 +86,7 @@ class RunningSupervisor:
         self.configure(**settings)
         self._log = open(directory / "log", "ab")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, __file__, str(self.config_path), str(descriptors)],
+            [sys.executable, __file__, str(self.config_path), str(descriptors), str(int(real_storer))],
             stderr=self._log,
             stdin=subprocess.DEVNULL,
             env={**os.environ, "SMALL_STORER_FAULT": fault, "OPENBLAS_NUM_THREADS": "1"},
@@ -182,17 +190,18 @@ if __name__ == "__main__":
 
     from mpserverd.config.load import load
     from mpserverd.errors import MpserverdError
+    from mpserverd.storer.main import run as run_storer
     from mpserverd.supervisor.main import run
     from mpserverd.worker.main import run as run_worker
 
-    path, descriptors = sys.argv[1], int(sys.argv[2])
+    path, descriptors, real_storer = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
     try:
         sys.exit(
             run(
                 load(path),
                 reload_config=lambda: load(path),
-                programs={"worker": run_worker, "storer": small_storer.run},
+                programs={"worker": run_worker, "storer": run_storer if real_storer else small_storer.run},
             )
         )
     except MpserverdError as error:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,10 @@ import pytest
 
 from mpserverd.arena.state import FIRST_WORKER_SLOT, CloseReason, Con, ConnectionState, RefuseReason, Slot, StateTable
 from mpserverd.control.client import DaemonRefusedError
+from tests.integration.driver import BIN, DEADLINE_S, SLOWNESS
+from tests.integration.oracle import stored_streams
 from tests.integration.supervisor_driver import RunningSupervisor, packets, wait_for
+from tests.integration.test_mps_lines import Peer
 from tests.integration.test_supervisor_clients import CLIENT, closed_at_once, refused
 
 
@@ -94,6 +98,49 @@ def test_three_deaths_on_one_stream_quarantine_it_and_its_client(supervisor: Run
         wait_for(supervisor.taken)
     with pytest.raises(DaemonRefusedError, match="nobody"):
         supervisor.ask("release", target="nobody-else")
+
+
+def ctl(supervisor: RunningSupervisor, *arguments: str) -> str:
+    """What the real program prints."""
+    command = [BIN / "mpserverctl", "--socket", f"{supervisor.directory}/control.sock", *arguments]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S * SLOWNESS, check=False)
+    assert answer.returncode == 0, answer.stderr
+    return answer.stdout
+
+
+def test_three_deaths_on_one_mps_stream_tell_its_client_which_comes_back_once_it_is_released(tmp_path: Path) -> None:
+    """With the real storer: what was acknowledged before is there, and the stream goes on behind it."""
+    hello, content = b"MPS/1 press-7 16\n", packets(80)
+    with RunningSupervisor(tmp_path, workers=1, listener='protocol = "mps"', real_storer=True) as supervisor:
+        peer = Peer(supervisor.port, hello)
+        index, epoch = peer.ok()
+        assert index == 0
+        peer.send(content[:800])
+        peer.wait_for_ack(50)
+        row = row_of(supervisor)
+        for _ in range(3):
+            die_of(supervisor, row)
+        line = peer.line()
+        while line in (b"\n", b"ACK 50\n"):  # each successor begins anew
+            line = peer.line()
+        assert (line, peer.line()) == (b"BYE quarantined\n", b"")
+        peer.sock.close()
+        assert reasons(supervisor, CloseReason.QUARANTINED) == 1
+        assert ctl(supervisor, "quarantine", "list").startswith("press-7  stream press-7, since ")
+        assert Peer(supervisor.port, hello).err()[0] == "quarantined"
+        assert Peer(supervisor.port, hello, source="127.0.0.8").err()[0] == "quarantined", "it is the client, not where"
+        other = Peer(supervisor.port, b"MPS/1 press-8 16\n")
+        assert other.ok()[0] == 0
+        other.finish()
+        assert ctl(supervisor, "quarantine", "release", "press-7") == "released press-7\n"
+        assert ctl(supervisor, "quarantine", "list") == "nobody is in quarantine\n"
+        back = Peer(supervisor.port, hello)
+        assert back.ok() == (50, epoch)
+        back.send(content[800:])
+        back.finish(80)
+        wait_for(lambda: supervisor.word(Con.STATE) == [])
+        assert supervisor.stop() == 0
+    assert {stream.name: stream.content for stream in stored_streams(supervisor.spool)}["press-7"] == content
 
 
 def test_a_worker_that_somebody_kills_leaves_no_suspicion(supervisor: RunningSupervisor) -> None:

@@ -114,6 +114,7 @@ def test_the_end_of_the_client_waits_until_everything_is_acknowledged(rig: Rig) 
         (CloseReason.KICKED, b"BYE kicked\n"),
         (CloseReason.SUPERSEDED, b"BYE superseded retry=8\n"),
         (CloseReason.IDLE, b"BYE idle\n"),
+        (CloseReason.QUARANTINED, b"BYE quarantined\n"),
         (CloseReason.RESET, b""),
     ],
 )
