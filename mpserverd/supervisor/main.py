@@ -114,7 +114,7 @@ class Supervisor:
             else None
         )
         self._reload = Reload(core, self._children, self._connections, self._accepting, reload_config)
-        self._reload.on_outcome = lambda: self._say_status(time.monotonic())
+        self._reload.on_news = lambda: self._say_status(time.monotonic())
         self._ending = Ending(core, self._children, self._connections, self._accepting, self._keeping, self._notifier)
         commands = Commands(
             core,
@@ -356,7 +356,7 @@ class Supervisor:
             self._rebalancing.tick(now_s)
         if self._control is not None:
             self._control.check_deadlines(now_s)
-        if self._ready and (self._reload.under_way or now_s - self._status_s >= STATUS_INTERVAL_S):
+        if self._ready and now_s - self._status_s >= STATUS_INTERVAL_S:
             self._say_status(now_s)
 
     def _say_status(self, now_s: float) -> None:

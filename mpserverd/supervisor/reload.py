@@ -61,8 +61,8 @@ class Reload:
         self._again = False
         self.last_error = ""
         """Why the last one was refused, on one line; "" when it was not."""
-        self.on_outcome: Callable[[], None] = _nothing
-        """Called when ``last_error`` may have changed."""
+        self.on_news: Callable[[], None] = _nothing
+        """Called when ``last_error`` or ``progress`` may have changed."""
 
     @property
     def under_way(self) -> bool:
@@ -103,7 +103,6 @@ class Reload:
         )
         self.last_error = ""
         self._replace_processes()
-        self.on_outcome()
         return {"changed": changed, "needs_restart": kept}
 
     def _prepare(self) -> tuple[Config, list[str], log.Prepared, list[str]]:
@@ -141,7 +140,7 @@ class Reload:
 
     def _refused(self, error: ConfigError | StartError) -> None:
         self.last_error = str(error).replace("\n", "; ")
-        self.on_outcome()
+        self.on_news()
         self._core.count("reloads_refused")
         self._core.note(
             logger,
@@ -201,6 +200,7 @@ class Reload:
             self._await_fresh()
         elif self._old:
             self._await_old()
+        self.on_news()
         if self.under_way:
             self._core.loop.after(STEP_INTERVAL_S, self._step)
         elif self._again:

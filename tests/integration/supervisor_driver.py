@@ -15,10 +15,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from mpserverd.arena.chunks import ChunkTable
 from mpserverd.arena.state import Con, StateTable, Str, StreamState
 from mpserverd.control.client import request, request_state
 from mpserverd.errors import UnreachableError
+from mpserverd.load.stand_in_socket import NotifySocket
 
 START_S = 20.0
 WAIT_S = 15.0
@@ -177,6 +180,32 @@ class RunningSupervisor:
             return bool(self.ask("ping"))
         except UnreachableError:
             return False
+
+
+class Systemd:
+    """Hears what a supervisor that is started inside the ``with`` block has to say, and keeps no descriptor."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._socket = NotifySocket(directory / "notify")
+        monkeypatch.setenv("NOTIFY_SOCKET", self._socket.name)
+        self._said: list[str] = []
+
+    def __enter__(self) -> Systemd:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def said(self) -> list[str]:
+        """Every message so far, the oldest first."""
+        while (message := self._socket.receive()) is not None:
+            self._said.append("\n".join(message.lines))
+            for fd in message.fds:
+                os.close(fd)
+        return self._said
+
+    def heard(self, text: str) -> bool:
+        return any(text in each for each in self.said())
 
 
 def packets(count: int, seed: int = 1) -> bytes:

@@ -10,11 +10,10 @@ import socket
 
 import pytest
 
-from mpserverd.load.stand_in_socket import NotifySocket
 from mpserverd.supervisor.carrier import SINGLES_MAX
 from tests.integration import senders
 from tests.integration.oracle import sha256
-from tests.integration.supervisor_driver import RunningSupervisor, packets, wait_for
+from tests.integration.supervisor_driver import RunningSupervisor, Systemd, packets, wait_for
 from tests.integration.unit_driver import SEED, Unit
 
 CLIENTS = 8
@@ -112,27 +111,17 @@ def test_a_restart_that_systemd_keeps_waiting_says_what_is_missing_and_loses_nob
 def test_start_and_stop_say_what_they_are_at_and_ask_systemd_for_more_time(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manager = NotifySocket(tmp_path / "notify")
-    monkeypatch.setenv("NOTIFY_SOCKET", manager.name)
-    said: list[str] = []
-
-    def heard(text: str) -> bool:
-        while (message := manager.receive()) is not None:
-            said.append("\n".join(message.lines))
-            for fd in message.fds:
-                os.close(fd)
-        return any(text in each for each in said)
-
     with (
-        contextlib.closing(manager),
+        Systemd(tmp_path, monkeypatch) as systemd,
         RunningSupervisor(tmp_path, fault="never done", stop_timeout_s=60) as supervisor,
     ):
-        assert heard("STATUS=starting: waits for storer, worker-0, worker-1\nEXTEND_TIMEOUT_USEC=10000000")
+        assert systemd.heard("STATUS=starting: waits for storer, worker-0, worker-1\nEXTEND_TIMEOUT_USEC=10000000")
         with supervisor.connect() as client:
             client.sendall(packets(10))
             wait_for(lambda: supervisor.taken() == [160])
         supervisor.signal(signal.SIGTERM)
-        wait_for(lambda: heard("STATUS=stopping: storing, 0 connections, 160 bytes not durable\nEXTEND_TIMEOUT_USEC="))
+        storing = "STATUS=stopping: storing, 0 connections, 160 bytes not durable\nEXTEND_TIMEOUT_USEC="
+        wait_for(lambda: systemd.heard(storing))
         wait_for(lambda: "stop goes on phase=storing connections=0 at_risk_bytes=160" in supervisor.log())
         supervisor.signal(signal.SIGTERM)
         assert supervisor.process.wait(15) == 1

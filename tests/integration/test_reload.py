@@ -28,7 +28,8 @@ from mpserverd.arena.state import SUPERVISOR_SLOT, CloseReason, Con, RefuseReaso
 from mpserverd.control.client import DaemonRefusedError
 from mpserverd.net.listener import ACCEPT_BATCH_MAX
 from tests.integration.freezing import Disk
-from tests.integration.supervisor_driver import RunningSupervisor, packets, wait_for
+from tests.integration.oracle import stored_streams
+from tests.integration.supervisor_driver import RunningSupervisor, Systemd, packets, wait_for
 from tests.integration.test_supervisor_death import Unit
 
 SECOND = '[[listener]]\nname = "second"\naddress = "127.0.0.1:{port}"\npacket_size = 32\n'
@@ -555,3 +556,37 @@ def test_a_storer_that_does_not_leave_is_called_stuck_and_never_killed(tmp_path:
         os.kill(storer, signal.SIGCONT)
         wait_for(lambda: (supervisor.facts()["storer"] or {}).get("pid") not in (None, 0, storer))
         assert not supervisor.log_contains("child killed")
+
+
+def test_an_old_worker_that_does_not_hand_over_is_killed_and_its_clients_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long before its heartbeat would be missed; systemd is told what the reload waits for, and when it is over."""
+    content = packets(20_000)
+    workers = "1\nreload_timeout_s = 1.0"
+    with (
+        Systemd(tmp_path, monkeypatch) as systemd,
+        RunningSupervisor(tmp_path, workers=workers, heartbeat_timeout_s=600.0, real_storer=True) as supervisor,
+        supervisor.connect() as client,
+    ):
+        client.sendall(content[:160_000])
+        wait_for(lambda: supervisor.taken() == [160_000])
+        (old,) = supervisor.workers()
+        os.kill(old["pid"], signal.SIGSTOP)
+        client.sendall(content[160_000:])  # less than the kernel holds
+        systemd.said()  # so that there is room for more
+        supervisor.ask("reload")
+        assert systemd.heard("STATUS=reloading: 1 fresh workers start")
+        wait_for(lambda: systemd.said() and supervisor.log_contains("processes replaced"))
+        assert supervisor.ask("ping")
+        assert systemd.heard("old processes hand over")
+        statuses = [message for message in systemd.said() if message.startswith("STATUS=")]
+        assert statuses[-1].startswith("STATUS=1 clients, "), statuses
+        (line,) = [line for line in supervisor.log().splitlines() if "child killed" in line]
+        assert f'pid={old["pid"]} why="did not hand over within 1 s"' in line
+        wait_for(lambda: supervisor.taken() == [320_000])
+        assert supervisor.word(Con.ADOPTIONS) == [1]
+        client.close()
+        wait_for(lambda: supervisor.word(Con.STATE) == [])
+        assert supervisor.stop() == 0
+    assert [stream.content for stream in stored_streams(supervisor.spool)] == [content]
