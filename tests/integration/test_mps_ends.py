@@ -100,6 +100,23 @@ def test_who_is_kicked_or_silent_is_told_so_and_loses_nothing(daemon: Daemon) ->
     assert stream_of(daemon, "press-8").content == packets("press-8", 0, 10, 16)
 
 
+def test_a_daemon_that_drains_is_busy_for_newcomers_and_acknowledges_the_others(daemon: Daemon) -> None:
+    """Newcomers wait with their hello here: unread, it would make the close a reset, which may overtake the answer."""
+    peer, leaver = connected(daemon, "press-7", 10), connected(daemon, "press-8", 10)
+    leaver.finish(10)
+    daemon.ctl("drain")
+    for _ in range(2):
+        assert Peer(daemon.port("mps")).err() == ("busy", "nobody is let in now: draining")
+    assert daemon.counter("refused-draining") == 2
+    peer.wait_for_ack(10)
+    peer.send(packets("press-7", 10, 10, 16))
+    peer.wait_for_ack(20)
+    daemon.ctl("undrain")
+    assert [connected_index(daemon, client_id) for client_id in ("press-8", "press-9")] == [10, 0]
+    peer.finish()
+    assert stream_of(daemon, "press-7").content == packets("press-7", 0, 20, 16)
+
+
 def test_a_stop_makes_durable_what_the_kernel_holds_and_says_so(daemon: Daemon) -> None:
     peer = connected(daemon, "press-7", 1000)
     for pid in daemon.worker_pids():
