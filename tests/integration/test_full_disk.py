@@ -222,9 +222,12 @@ def test_free_space_out_of_reach_costs_no_segment_and_more_than_the_disk_is_refu
             daemon.stop()
 
 
-def test_clients_that_may_be_dropped_are_never_stalled_by_a_full_disk(tmp_path: pathlib.Path) -> None:
+@DISKS
+def test_clients_that_may_be_dropped_are_never_stalled_by_a_full_disk(
+    tmp_path: pathlib.Path, kind: str, size_mib: int
+) -> None:
     """Every byte is stored or counted as dropped, in whole packets; those of mps wait."""
-    with site(tmp_path, "tmpfs", 80, on_full="drop-oldest") as found:
+    with site(tmp_path, kind, size_mib, on_full="drop-oldest") as found:
         found.crowd.give(160_000)
         found.run_until_durable()
         stranger = fill(found.disk)
