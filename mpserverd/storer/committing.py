@@ -129,6 +129,7 @@ class Committing:
         for work in works:
             stream = work.stream
             stream.segment = work.segment
+            stream.begun_limits.clear()
             stream.failures = 0
             stream.full = False
             if work.holes:

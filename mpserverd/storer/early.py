@@ -38,7 +38,7 @@ class Early:
         has_place_for_next = not max_bytes or 2 * len(self._desk.streams) * segment_bytes <= max_bytes
         for stream in self._desk.streams.values():
             file = stream.segment
-            if file is None or not file.in_catalog:
+            if file is None or not file.in_catalog or stream.begun_limits:
                 continue
             used = self._desk.word(stream, Str.DURABLE) - file.first
             due = phase_of(stream.row)

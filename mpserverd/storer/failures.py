@@ -68,13 +68,15 @@ class Failures:
         return good
 
     def put_back(self, works: Sequence[Work]) -> None:
-        """Nothing of these was committed: they find their new files again, by name. The pair that was added to a time
-        index is cut before another one is: never are two ahead of the catalog, by which repair knows a stale one."""
+        """Nothing of these was committed: they find their new files again, by name, as long as they were. The pair that
+        was added to a time index is cut before another one is: never are two ahead of the catalog, by which repair
+        knows a stale one."""
         for work in works:
             for file in work.touched:
                 file.index_mended = False
             for file in work.begun:
                 self._desk.files.close(file)
+                work.stream.begun_limits[file.first] = file.limit
 
     # -- full
 
@@ -185,6 +187,7 @@ class Failures:
         desk = self._desk
         desk.files.close(file)
         file.mend_index(durable)
+        stream.begun_limits.pop(file.first, None)
         if file is stream.segment:
             stream.segment = None
         path = file.path

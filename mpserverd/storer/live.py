@@ -49,6 +49,8 @@ class LiveStream:
     segment: SegmentFile | None = None
     early: SegmentFile | None = None
     """The next segment, made before it is needed."""
+    begun_limits: dict[int, int] = dataclasses.field(default_factory=dict)
+    """First and limit of the files that a cycle began and did not commit: the next one goes on in these."""
     zeros_below: int = 0
     """End of the last hole that is committed."""
     failures: int = 0

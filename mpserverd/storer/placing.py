@@ -128,7 +128,8 @@ class Placing:
     def _begin(self, work: Work, at: int, below: int) -> SegmentFile:
         """Bytes below ``below`` lie in other segments: the grid may have become wider since they were begun."""
         stream = work.stream
-        first, limit = plan.segment_bounds(at, below, self.segment_bytes)
+        bounds = plan.segment_bounds(at, below, self.segment_bytes)
+        first, limit = plan.bounds_as_begun(at, bounds, stream.begun_limits)
         early = stream.early
         if early is not None and early.first == first:
             stream.early = None

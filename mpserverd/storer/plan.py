@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mpserverd.errors import MpserverdError
 
@@ -109,6 +109,21 @@ def segment_bounds(at: int, below: int, segment_bytes: int) -> tuple[int, int]:
     """
     grid = at - at % segment_bytes
     return max(grid, below), grid + segment_bytes
+
+
+def bounds_as_begun(at: int, bounds: Extent, begun: Mapping[int, int]) -> Extent:
+    """``bounds`` of a new segment for a byte at ``at``, beside files that were begun (first: limit) and not committed.
+
+    They may hold the same bytes already. One that is for ``at`` is taken up as it was begun, and none is reached over:
+    it would stay, and repair would find two files with the same bytes.
+    """
+    first, limit = bounds
+    for begun_first, begun_limit in begun.items():
+        if begun_first <= at < begun_limit:
+            return begun_first, begun_limit
+        if at < begun_first:
+            limit = min(limit, begun_first)
+    return first, limit
 
 
 def fitting_segment_bytes(segment_bytes: int, unit_bytes: int, spool_bytes_max: int, streams: int) -> int:

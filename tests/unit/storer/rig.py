@@ -339,10 +339,20 @@ class Rig(Tables):
             self.step()
 
 
+def break_file(rig: Rig, client: Client) -> str:
+    """Every write to the stream's present segment fails from now on: its descriptor is read-only."""
+    file = rig.desk.streams[client.row].segment
+    assert file is not None
+    broken = os.open(file.path, os.O_RDONLY)
+    os.dup2(broken, file.fd)
+    os.close(broken)
+    return file.path
+
+
 def first_difference(found: bytes, wanted: bytes | bytearray) -> str:
     a, b = np.frombuffer(found, np.uint8), np.frombuffer(bytes(wanted), np.uint8)
     wrong = np.flatnonzero(a != b)
     return f"{len(wrong)} bytes differ, from {wrong[0]} to {wrong[-1]}"
 
 
-__all__ = ["CHUNK", "FIRST_WORKER_SLOT", "Client", "Gone", "HoleKind", "Rig", "Slot", "content"]
+__all__ = ["CHUNK", "FIRST_WORKER_SLOT", "Client", "Gone", "HoleKind", "Rig", "Slot", "break_file", "content"]

@@ -21,19 +21,9 @@ from mpserverd.storer.failures import CATALOG_RETRY_S, FULL_OVER_S
 from mpserverd.storer.space import BALLAST_FILE, Space
 from tests.mounts import mounted
 from tests.unit.storer.conftest import RigMaker
-from tests.unit.storer.rig import CHUNK, Client, Rig, content
+from tests.unit.storer.rig import CHUNK, Client, Rig, break_file, content
 
 SEGMENT = 64 << 10
-
-
-def break_file(rig: Rig, client: Client) -> str:
-    """Every write to the stream's present segment fails from now on: its descriptor is read-only."""
-    file = rig.desk.streams[client.row].segment
-    assert file is not None
-    broken = os.open(file.path, os.O_RDONLY)
-    os.dup2(broken, file.fd)
-    os.close(broken)
-    return file.path
 
 
 @pytest.mark.parametrize("durable", [1, 4095, CHUNK, 10_001])

@@ -9,6 +9,7 @@ import pytest
 from mpserverd.storer.plan import (
     ChunkList,
     MissingChunkError,
+    bounds_as_begun,
     extents,
     fitting_segment_bytes,
     overlap,
@@ -74,6 +75,14 @@ def test_segments_begin_on_the_grid_or_at_the_durable_offset() -> None:
     assert segment_bounds(200, 200, 100) == (200, 300)
     assert segment_bounds(250, 120, 100) == (200, 300), "after a hole that ended inside"
     assert segment_bounds(250, 230, 100) == (230, 300), "after a file that failed"
+
+
+def test_a_file_that_was_begun_is_gone_on_with_as_it_was_and_never_reached_over() -> None:
+    begun = {100: 200, 200: 300}
+    assert bounds_as_begun(100, (100, 400), begun) == (100, 200), "the grid became wider"
+    assert bounds_as_begun(250, (240, 260), begun) == (200, 300), "the grid became narrower"
+    assert bounds_as_begun(50, (50, 400), begun) == (50, 100), "the file before them failed"
+    assert bounds_as_begun(300, (300, 400), begun) == (300, 400)
 
 
 def test_segments_shrink_where_many_streams_share_a_bounded_spool() -> None:
