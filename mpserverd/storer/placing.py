@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from mpserverd.arena.state import Str
 from mpserverd.log import MessageId
 from mpserverd.storer import plan, sidecar
+from mpserverd.storer.filesystem import NO_DESCRIPTOR
 from mpserverd.storer.live import Desk, LiveStream
 from mpserverd.storer.plan import Extent, Hole
 from mpserverd.storer.segment_file import DIRECTORY_MODE, SegmentFile, rename_aside
@@ -82,7 +83,8 @@ class Placing:
         return True
 
     def place(self, work: Work, _: Scratch) -> None:
-        """Find, make and lengthen the files. Sets the work's error instead of raising OSError."""
+        """Find, make and lengthen the files. Sets the work's error instead of raising OSError. No packet is written
+        here: for want of a descriptor no file is finished."""
         file = None
         try:
             self._clear_the_way(work.stream)
@@ -100,7 +102,7 @@ class Placing:
             if file is not None:
                 self._finish(work, file)
         except OSError as error:
-            work.fail(error, *([file] if file is not None else []))
+            work.fail(error, *([file] if file is not None and error.errno not in NO_DESCRIPTOR else []))
 
     def _file_for(self, work: Work, file: SegmentFile | None, at: int) -> SegmentFile:
         if file is None or at >= file.limit:
@@ -130,20 +132,32 @@ class Placing:
         stream = work.stream
         bounds = plan.segment_bounds(at, below, self.segment_bytes)
         first, limit = plan.bounds_as_begun(at, bounds, stream.begun_limits)
-        early = stream.early
-        if early is not None and early.first == first:
-            stream.early = None
-            if early.fd < 0:
-                early.open()
-            early.fresh = True
-            early.begin()
-            file = early
-        else:
-            file = self._create(work, first, limit)
+        file = self._take_early(stream, first) or self._create(work, first, limit)
         work.begun.append(file)
         with contextlib.suppress(OSError):  # the stream has proven that it grows; if there is no place, a step will do
             file.grow(min(limit - first, at - self._desk.word(stream, Str.STARTED_AT)), self._desk.space)
         return file
+
+    def _take_early(self, stream: LiveStream, first: int) -> SegmentFile | None:
+        """The next segment that was made early, or None. It waits for the next try when there is no descriptor for it;
+        one that cannot be used is given up."""
+        early = stream.early
+        if early is None or early.first != first:
+            return None
+        try:
+            if early.fd < 0:
+                early.open()
+            early.begin()
+        except OSError as error:
+            if error.errno in NO_DESCRIPTOR:
+                raise
+            with contextlib.suppress(OSError):
+                early.remove()
+            stream.early = None
+            return None
+        early.fresh = True
+        stream.early = None
+        return early
 
     def _create(self, work: Work, first: int, limit: int) -> SegmentFile:
         """An error of this says nothing about the segment before; what is in the place of the new one goes aside."""
@@ -151,7 +165,8 @@ class Placing:
         try:
             file.create()
         except OSError as error:
-            work.fail(error, *([file] if os.path.lexists(file.path) else []))
+            is_bad = error.errno not in NO_DESCRIPTOR and os.path.lexists(file.path)
+            work.fail(error, *([file] if is_bad else []))
             raise
         return file
 

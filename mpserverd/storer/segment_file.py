@@ -108,9 +108,8 @@ class SegmentFile:
 
     def begin(self) -> None:
         """An early file becomes the stream's segment."""
-        early = self.path
+        os.rename(self.path, os.path.join(self.directory, segment_name(self.first)))
         self.early = False
-        os.rename(early, self.path)
 
     # -- length
 

@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -187,19 +188,34 @@ def test_a_failing_stream_does_not_stop_the_others(make_rig: RigMaker) -> None:
         rig.assert_stored(client)
 
 
-def test_too_many_open_files_finish_no_segment(make_rig: RigMaker) -> None:
-    """The next one could not be made; the one before is as good as ever, and is gone on with."""
+@contextlib.contextmanager
+def no_descriptors() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (4, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("missing", ["next", "early", "present"])
+def test_too_many_open_files_finish_no_segment(make_rig: RigMaker, missing: str) -> None:
+    """The next one could not be made or opened, or the present one not be opened again: it is as good as ever, and is
+    gone on with."""
     rig = make_rig(chunks=64, segment_bytes=SEGMENT)
     client = rig.fresh("peer", 1)
     client.send(SEGMENT - 5000)
     rig.step()
+    if missing == "early":
+        rig.store.tick(rig.now_s)
+        assert rig.files("**/*.new")
+    file = rig.desk.streams[client.row].segment
+    assert file is not None
     client.send(6000)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (4, hard))
-    try:
+    if missing == "present":
+        rig.desk.files.close(file)
+    with no_descriptors():
         rig.step()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert client.word(Str.DURABLE) == SEGMENT - 5000
     assert rig.counter("write_errors") == 1
     rig.steps(3)
@@ -209,6 +225,42 @@ def test_too_many_open_files_finish_no_segment(make_rig: RigMaker) -> None:
         (SEGMENT, None, "open"),
     ]
     assert rig.counter("segments_aside") == 0
+
+
+def test_a_file_that_was_begun_is_not_set_aside_for_want_of_a_descriptor(make_rig: RigMaker) -> None:
+    """It was begun by a cycle that was not committed, and is to be opened again."""
+    rig = make_rig(chunks=64, segment_bytes=SEGMENT)
+    client = rig.fresh("peer", 1)
+    client.send(SEGMENT - 5000)
+    rig.step()
+    rig.desk.catalog._connection.execute("PRAGMA busy_timeout = 0")
+    stranger = sqlite3.connect(rig.spool / "catalog.sqlite", isolation_level=None)
+    stranger.execute("BEGIN IMMEDIATE")
+    client.send(6000)
+    rig.step()
+    stranger.execute("ROLLBACK")
+    stranger.close()
+    assert len(rig.files("**/*.seg")) == 2
+    with no_descriptors():
+        rig.step()
+    assert client.word(Str.DURABLE) == SEGMENT - 5000
+    rig.steps(3)
+    rig.assert_stored(client)
+    assert rig.counter("segments_aside") == 0
+
+
+def test_an_early_file_that_somebody_took_away_costs_nothing(make_rig: RigMaker) -> None:
+    rig = make_rig(chunks=64, segment_bytes=SEGMENT)
+    client = rig.fresh("peer", 1)
+    client.send(SEGMENT - 5000)
+    rig.step()
+    rig.store.tick(rig.now_s)
+    (early,) = rig.files("**/*.new")
+    (rig.spool / "streams" / early).unlink()
+    client.send(6000)
+    rig.step()
+    assert rig.counter("write_errors") == rig.counter("segments_aside") == 0
+    rig.assert_stored(client)
 
 
 def test_a_file_that_may_not_grow_is_left_for_the_next_one(make_rig: RigMaker) -> None:
