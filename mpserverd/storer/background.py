@@ -100,7 +100,7 @@ class Background:
                     self._sealed.popleft()
 
     def _unlink_all(self) -> None:
-        while self._paths:
+        while self._paths and not self._closed:
             _unlink(self._paths[0])
             self._paths.popleft()
 

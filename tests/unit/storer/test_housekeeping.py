@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pathlib
+import threading
 import time
 from collections.abc import Callable
 
@@ -15,6 +16,7 @@ from mpserverd.arena.state import Gone, Str, StreamState
 from mpserverd.storer import cycle as cycle_module
 from mpserverd.storer import filesystem, leaving
 from mpserverd.storer import space as space_module
+from mpserverd.storer.background import Background
 from mpserverd.storer.early import phase_of
 from mpserverd.storer.segment_file import INDEX_PAIR, mend_index
 from mpserverd.storer.space import BALLAST_FILE, Space
@@ -57,6 +59,27 @@ def test_no_checksum_is_made_while_much_is_written(rig: Rig) -> None:
     assert not rig.store.background.has_sums_to_make
     rig.store.tick(rig.now_s + 1)
     wait_until(lambda: len(rig.store.background.sums) == 2)
+
+
+def test_a_stop_waits_for_no_more_than_the_file_that_is_being_unlinked(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its time is over at once here; what is left is the successor's."""
+    background, real, begun = Background(), os.unlink, threading.Event()
+
+    def slowly(path: str) -> None:
+        begun.set()
+        wait_until(lambda: background._closed)
+        real(path)
+
+    monkeypatch.setattr(os, "unlink", slowly)
+    paths = [tmp_path / str(number) for number in range(20)]
+    for path in paths:
+        path.touch()
+        background.unlink(str(path))
+    assert begun.wait(5)
+    background.finish([], time.monotonic())
+    assert sum(path.exists() for path in paths) == 19
 
 
 def test_place_and_next_segments_are_made_before_they_are_needed(make_rig: RigMaker) -> None:
