@@ -43,23 +43,21 @@ class Background:
         self.sums: collections.deque[Sum] = collections.deque()
         self.unreadable: set[tuple[int, int]] = set()
         """(stream, first) of segments that are not tried again by this process: the others shall have their turn."""
-        self._paths: collections.deque[str] = collections.deque()
+        self.unlinked_bytes = 0
+        """Of all segments whose files are gone, or could not be removed."""
+        self._paths: collections.deque[tuple[str, int]] = collections.deque()
         self._sealed: collections.deque[tuple[str, Sealed]] = collections.deque()
         self._asked = threading.Event()
         self._thread: threading.Thread | None = None
         self._closed = False
 
     @property
-    def has_files_to_unlink(self) -> bool:
-        return bool(self._paths)
-
-    @property
     def has_sums_to_make(self) -> bool:
         return bool(self._sealed)
 
-    def unlink(self, path: str) -> None:
+    def unlink(self, path: str, size_bytes: int) -> None:
         """A file, or the directory of a retired stream: that ends with a slash."""
-        self._paths.append(path)
+        self._paths.append((path, size_bytes))
         self._ask()
 
     def add(self, path: str, sealed: Sealed) -> None:
@@ -73,12 +71,12 @@ class Background:
         if self._thread is not None:
             self._thread.join()
 
-    def finish(self, paths: Iterable[str], until_s: float) -> None:
+    def finish(self, paths: Iterable[tuple[str, int]], until_s: float) -> None:
         """For a stop: close, and unlink these and what is left, until then (monotonic). The rest is a successor's."""
         self.close()
         self._paths.extend(paths)
         while self._paths and time.monotonic() < until_s:
-            _unlink(self._paths.popleft())
+            _unlink(self._paths.popleft()[0])
 
     def _ask(self) -> None:
         if self._thread is None:
@@ -101,7 +99,9 @@ class Background:
 
     def _unlink_all(self) -> None:
         while self._paths and not self._closed:
-            _unlink(self._paths[0])
+            path, size_bytes = self._paths[0]
+            _unlink(path)
+            self.unlinked_bytes += size_bytes
             self._paths.popleft()
 
     def _sum(self, path: str, sealed: Sealed) -> None:

@@ -117,7 +117,8 @@ class Desk:
     """Descriptor of the directory that holds all streams."""
     streams: dict[int, LiveStream] = dataclasses.field(default_factory=dict)
     outbox: collections.deque[Message] = dataclasses.field(default_factory=collections.deque)
-    to_unlink: collections.deque[str] = dataclasses.field(default_factory=collections.deque)
+    to_unlink: collections.deque[tuple[str, int]] = dataclasses.field(default_factory=collections.deque)
+    """(path, bytes of the segment whose file it is)."""
     resting_bytes: int = 0
     """Content of all segments but those that streams in the table are writing."""
     unsummed: bool = True

@@ -257,13 +257,14 @@ class Retention:
         path = desk.path_of(entry.record.directory)
         size = 0
         for segment in entry.segments:
-            size += (segment.end or 0) - segment.first
-            desk.to_unlink.append(os.path.join(path, segment_name(segment.first)))
-            desk.to_unlink.append(os.path.join(path, index_name(segment.first)))
+            length = (segment.end or 0) - segment.first
+            size += length
+            desk.to_unlink.append((os.path.join(path, segment_name(segment.first)), length))
+            desk.to_unlink.append((os.path.join(path, index_name(segment.first)), 0))
             if entry.record.stored_holes:
-                desk.to_unlink.append(os.path.join(path, holes_name(segment.first)))
+                desk.to_unlink.append((os.path.join(path, holes_name(segment.first)), 0))
         if entry.whole:
-            desk.to_unlink.append(os.path.join(path, ""))  # the directory
+            desk.to_unlink.append((os.path.join(path, ""), 0))  # the directory
         desk.resting_bytes -= size
         desk.space.leaving_bytes += size
         desk.counters.add("segments_retired", len(entry.segments))

@@ -56,6 +56,7 @@ class Store:
         self._filling = Filling()
         self._next_ballast_s = 0.0
         self._written_bytes = 0
+        self._unlinked_bytes = 0
         self._ticked_s = 0.0
 
     def recover(self) -> None:
@@ -126,8 +127,7 @@ class Store:
     def tick(self, now_s: float) -> None:
         """Everything that is neither a cycle nor urgent."""
         desk = self._desk
-        if not desk.to_unlink and not self.background.has_files_to_unlink:
-            desk.space.leaving_bytes = 0
+        self._note_unlinked()
         desk.space.look()
         self._note_look(now_s)
         if self.retention.apply(now_s, time.time_ns()) or desk.space.leaving_bytes:
@@ -139,7 +139,7 @@ class Store:
         self.failures.begin_full()
         desk.space.refused_bytes = 0
         while desk.to_unlink:
-            self.background.unlink(desk.to_unlink.popleft())
+            self.background.unlink(*desk.to_unlink.popleft())
         self.failures.end_full()
         written, self._written_bytes = self.cycle.written_bytes - self._written_bytes, self.cycle.written_bytes
         if written:
@@ -154,6 +154,12 @@ class Store:
             self._next_ballast_s = now_s + BALLAST_INTERVAL_S
             desk.space.make_ballast()
         self._gauge()
+
+    def _note_unlinked(self) -> None:
+        """What is gone counts as free from now on, not twice."""
+        unlinked = self.background.unlinked_bytes
+        self._desk.space.leaving_bytes -= unlinked - self._unlinked_bytes
+        self._unlinked_bytes = unlinked
 
     def _note_look(self, now_s: float) -> None:
         """Before anything is given up: what is free and what the segments take must belong together."""

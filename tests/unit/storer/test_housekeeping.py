@@ -76,7 +76,7 @@ def test_a_stop_waits_for_no_more_than_the_file_that_is_being_unlinked(
     paths = [tmp_path / str(number) for number in range(20)]
     for path in paths:
         path.touch()
-        background.unlink(str(path))
+        background.unlink(str(path), 0)
     assert begun.wait(5)
     background.finish([], time.monotonic())
     assert sum(path.exists() for path in paths) == 19

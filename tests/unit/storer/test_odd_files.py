@@ -312,7 +312,7 @@ def test_retention_never_removes_a_file_in_the_place_of_a_directory(make_rig: Ri
     file_in_its_place(rig.spool / "streams" / "one")
     rig.store.retention.apply(rig.now_s, time.time_ns() + 2_000_000_000)
     while rig.desk.to_unlink:
-        rig.store.background.unlink(rig.desk.to_unlink.popleft())
+        rig.store.background.unlink(*rig.desk.to_unlink.popleft())
     deadline = time.monotonic() + 5
     while rig.store.background._paths:
         assert time.monotonic() < deadline

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import pathlib
 import sqlite3
+import threading
 import time
 from collections.abc import Callable
 
@@ -15,6 +17,7 @@ from mpserverd.arena.state import Gone, Str, StreamFlag, StreamState
 from mpserverd.config.schema import ClientConfig
 from mpserverd.storer import sidecar
 from mpserverd.storer.failures import FULL_OVER_S
+from mpserverd.storer.segment_file import segment_name
 from mpserverd.streams.sidecar import IDENTITY_FILE
 from tests.unit.storer.conftest import RigMaker
 from tests.unit.storer.rig import CHUNK, Rig, content
@@ -293,6 +296,35 @@ def test_what_is_being_unlinked_is_not_made_up_for_with_more(make_rig: RigMaker)
     for _ in range(3):
         rig.store.retention.apply(rig.now_s, time.time_ns())
     assert client.word(Str.FIRST_OFFSET) == 2 * SEGMENT
+
+
+def test_what_is_unlinked_is_free_and_leaving_no_more(make_rig: RigMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would count twice for as long as some file is left to unlink, and too little would be retired."""
+    rig = make_rig(segment_bytes=SEGMENT)
+    client = rig.fresh("peer")
+    client.send_all(8 * SEGMENT)
+    rig.steps(2)
+    space, real, go = rig.desk.space, os.unlink, threading.Event()
+
+    def unlink(path: str) -> None:
+        if path.endswith(segment_name(SEGMENT)):
+            assert go.wait(10)
+        real(path)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    space.min_free_bytes = space.free_bytes + 2 * SEGMENT
+    with monkeypatch.context() as patch:
+        patch.setattr(space, "look", lambda: None)
+        rig.store.tick(rig.now_s)
+    space.min_free_bytes = 0
+    assert space.leaving_bytes == 2 * SEGMENT
+    wait_until(lambda: rig.store.background.unlinked_bytes == SEGMENT)
+    rig.store.tick(rig.now_s)
+    assert space.leaving_bytes == SEGMENT
+    go.set()
+    wait_until(lambda: not rig.store.background._paths)
+    rig.store.tick(rig.now_s)
+    assert space.leaving_bytes == 0
 
 
 def test_a_disk_on_which_retention_makes_room_is_not_about_to_fill(make_rig: RigMaker) -> None:
