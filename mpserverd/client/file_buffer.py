@@ -223,9 +223,10 @@ class FileBuffer(PacketBuffer):
         if self._failure is not None:
             return
         self._sequence += 1
+        durable = self._durable  # a sync in another thread replaces it: end and checksum are of one record
         slot = Slot(
             self._sequence, self.epoch, self.shift, self.origin, self.acked, self.base_place, self.end_place,
-            self._durable.end_place, self._durable.end_crc, self.restored_place, self.home, tuple(self._crcs),
+            durable.end_place, durable.end_crc, self.restored_place, self.home, tuple(self._crcs),
         )  # fmt: skip
         try:
             self._write(SLOTS_AT[self._sequence % 2], slot.to_bytes())
