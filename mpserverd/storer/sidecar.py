@@ -60,12 +60,15 @@ def take_back(directory: str) -> None:
 
 
 def remove_retired(directory: str) -> None:
-    """The directory of a stream that has no row any more, all but what was set aside there. Raises OSError."""
+    """The directory of a stream that has no row any more, all but what was set aside there. Its identity may be
+    missing, or still be called so. Raises OSError."""
     for name in os.listdir(directory):
         if name.endswith(STREAM_SUFFIXES):
             os.unlink(os.path.join(directory, name))
-    if os.listdir(directory) == [RETIRED_FILE]:
-        os.unlink(os.path.join(directory, RETIRED_FILE))
+    left = os.listdir(directory)
+    if set(left) <= {RETIRED_FILE, IDENTITY_FILE}:
+        for name in left:
+            os.unlink(os.path.join(directory, name))
         os.rmdir(directory)
 
 

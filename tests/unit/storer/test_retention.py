@@ -18,7 +18,7 @@ from mpserverd.config.schema import ClientConfig
 from mpserverd.storer import sidecar
 from mpserverd.storer.failures import FULL_OVER_S
 from mpserverd.storer.segment_file import segment_name
-from mpserverd.streams.sidecar import IDENTITY_FILE
+from mpserverd.streams.sidecar import IDENTITY_FILE, RETIRED_FILE
 from tests.unit.storer.conftest import RigMaker
 from tests.unit.storer.rig import CHUNK, Rig, content
 
@@ -179,6 +179,21 @@ def test_a_stream_that_was_given_up_wholly_is_removed_before_a_stop(make_rig: Ri
     assert directories(rig) == []
     rig.restart()
     assert not rig.desk.outbox
+
+
+@pytest.mark.parametrize("has_identity", [False, True])
+def test_a_stream_that_was_given_up_wholly_is_removed_whatever_became_of_its_identity(
+    make_rig: RigMaker, has_identity: bool
+) -> None:
+    """An older version wrote none; or it could not be renamed when its stream was given up."""
+    rig = retired_whole(make_rig)
+    retired = rig.spool / "streams" / "peer" / RETIRED_FILE
+    if has_identity:
+        retired.rename(retired.with_name(IDENTITY_FILE))
+    else:
+        retired.unlink()
+    tick(rig)
+    assert directories(rig) == []
 
 
 def test_what_was_set_aside_in_a_stream_that_was_given_up_stays(make_rig: RigMaker) -> None:
