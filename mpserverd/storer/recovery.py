@@ -31,7 +31,7 @@ from mpserverd.storer.live import Desk, LiveStream
 from mpserverd.storer.opening import Opening
 from mpserverd.storer.segment_file import rename_aside
 from mpserverd.storer.trust import NEXT_STEP, require_current
-from mpserverd.streams.sidecar import IDENTITY_FILE, RETIRED_FILE
+from mpserverd.streams.sidecar import IDENTITY_FILE, RETIRED_FILE, is_lost_and_found
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ class Recovery:
                     self._look_into(entry.path, record, firsts.get(record.id, set()), live.get(record.id, math.inf))
                 elif sidecar.is_retired(entry.path):
                     self._remove_retired(entry.path)
-                elif not entry.name.endswith(".aside"):
+                elif not entry.name.endswith(".aside") and not is_lost_and_found(entry.path):
                     self._set_aside("directory unknown to the catalog set aside", entry.path)
         for name in known.keys() - seen:
             if firsts.get(known[name].id):

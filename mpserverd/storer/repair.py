@@ -30,7 +30,7 @@ from mpserverd.storer.repair_judge import Known, Rebuilt, guessed_identity, iden
 from mpserverd.storer.repair_salvage import KnownSegment, Salvaged, salvage
 from mpserverd.storer.repair_scan import Scanned, scan
 from mpserverd.storer.segment_file import rename_aside, segment_name
-from mpserverd.streams.sidecar import RETIRED_FILE, Identity
+from mpserverd.streams.sidecar import RETIRED_FILE, Identity, is_lost_and_found
 from mpserverd.streams.text import counted
 from mpserverd.streams.verify_spool import unreadable
 
@@ -138,6 +138,8 @@ class _Repair:
         names.sort(key=lambda name: name not in by_directory)  # of two with one epoch the one that is known counts
         for name in names:
             path = os.path.join(self._streams, name)
+            if name not in by_directory and is_lost_and_found(path):
+                continue
             if not os.path.isdir(path):
                 if name not in by_directory:
                     self._moves.append(path)

@@ -133,3 +133,8 @@ def is_stream_directory(path: str) -> bool:
             return any(entry.name == IDENTITY_FILE or entry.name.endswith(".seg") for entry in entries)
     except OSError:
         return False
+
+
+def is_lost_and_found(path: str) -> bool:
+    """What ext4 makes where streams have a file system of their own. The directory of a stream of that name is none."""
+    return os.path.basename(path) == "lost+found" and not is_stream_directory(path)

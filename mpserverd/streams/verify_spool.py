@@ -18,7 +18,15 @@ from mpserverd.errors import SpoolError
 from mpserverd.limits import SEGMENT_BYTES_MAX
 from mpserverd.streams.catalog_file import CATALOG_FILE, STREAMS_DIRECTORY, ask
 from mpserverd.streams.catalog_view import StreamSnapshot, stream_by_id
-from mpserverd.streams.sidecar import IDENTITY_FILE, RETIRED_FILE, Identity, holes_name, read_holes, read_identity
+from mpserverd.streams.sidecar import (
+    IDENTITY_FILE,
+    RETIRED_FILE,
+    Identity,
+    holes_name,
+    is_lost_and_found,
+    read_holes,
+    read_identity,
+)
 from mpserverd.streams.times import read_index
 
 _GOING_S, _LOOK_S = 2.0, 0.05
@@ -66,6 +74,7 @@ def check_directories(spool: Path, names: Collection[str]) -> Iterator[str]:
     right after: what has none gets a moment."""
     known = {name for (name,) in ask(spool, lambda catalog: catalog.execute("SELECT directory FROM stream").fetchall())}
     paths = [spool / STREAMS_DIRECTORY / name for name in names if name not in known and not name.endswith(".aside")]
+    paths = [path for path in paths if not is_lost_and_found(str(path))]
     until_s = time.monotonic() + _GOING_S
     while (left := [path for path in paths if _is_left(path)]) and time.monotonic() < until_s:
         if all((path / IDENTITY_FILE).exists() for path in left):

@@ -441,9 +441,9 @@ def test_a_device_that_fails_writes_loses_nothing_once_it_works_again(tmp_path: 
     (tmp_path / "spool").mkdir()
     (tmp_path / "spool" / "streams").symlink_to(tmp_path / "disk")
     with tmpfs(tmp_path / "below", "20M") as below, ext4(below / "image", tmp_path / "disk", "64M"):
-        (tmp_path / "disk" / "lost+found").rmdir()
         rig = Rig(tmp_path, chunks=256, segment_bytes=1 << 20)
         try:
+            assert (tmp_path / "disk" / "lost+found").is_dir()
             client = rig.fresh("peer", 1)
             client.send(2 * CHUNK)  # the loop device calls a short write a success: the next one begins where none was
             rig.step()

@@ -162,6 +162,7 @@ def test_files_that_the_catalog_does_not_know_are_set_aside_and_never_deleted(ri
     (streams / "one" / "notes.txt").write_bytes(b"y")
     (streams / "one" / early_name(65536)).write_bytes(b"")
     (streams / "stranger").mkdir()
+    (streams / "lost+found").mkdir()
     (streams / "stranger" / "00000000000000000000.seg").write_bytes(b"z")
     rig.restart()
     assert rig.files() == [
@@ -171,6 +172,7 @@ def test_files_that_the_catalog_does_not_know_are_set_aside_and_never_deleted(ri
         "one/notes.txt.aside",
         "stranger.aside/00000000000000000000.seg",
     ]
+    assert (streams / "lost+found").is_dir()
     rig.restart()
     assert "one/00000000000000004096.seg.aside" in rig.files()
     again = rig.named("one")

@@ -298,6 +298,20 @@ def test_a_directory_that_retention_was_about_to_remove_is_no_stream(spool: Made
         spool.assert_whole(made)
 
 
+def test_what_ext4_makes_beside_the_streams_is_nobody_s_fault(spool: MadeSpool, made: Made) -> None:
+    (spool.streams / "lost+found").mkdir()
+    assert verified(spool) == []
+    assert not repair(str(spool.path)).changed
+    assert sorted(os.listdir(spool.streams)) == ["lost+found", made.record.name]
+
+
+def test_a_stream_that_is_called_like_it_is_found_without_a_catalog(spool: MadeSpool) -> None:
+    made = spool.add("lost+found", 3 * BLOCK)
+    spool.lose_catalog()
+    assert repair(str(spool.path)).fine
+    spool.assert_whole(made)
+
+
 # --- faults
 
 
