@@ -82,8 +82,8 @@ def test_a_socket_that_a_killed_daemon_left_is_replaced(tmp_path: Path) -> None:
 
 def test_clients_that_do_not_fit_are_lowered_loudly(tmp_path: Path) -> None:
     with RunningSupervisor(tmp_path, max_clients=100, buffers="16 MiB", descriptors=700) as supervisor:
-        assert supervisor.facts()["max_clients"] == 63
-        assert supervisor.log_contains("max_clients lowered max_clients=63")
+        assert supervisor.facts()["max_clients"] == 84
+        assert supervisor.log_contains("max_clients lowered max_clients=84")
 
 
 def test_the_control_socket_is_for_the_owner_and_the_group(tmp_path: Path) -> None:
