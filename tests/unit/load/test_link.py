@@ -204,3 +204,18 @@ def test_addresses_are_written_as_the_daemon_writes_them() -> None:
     assert address_text(("127.0.0.1", 80)) == "127.0.0.1:80"
     assert address_text(("::ffff:127.0.0.1", 80, 0, 0)) == "127.0.0.1:80"
     assert address_text(("fe80::1%eth0", 80, 0, 2)) == "[fe80::1]:80"
+
+
+def test_an_attempt_is_never_said_to_have_begun_after_it_was_accepted(listener: socket.socket) -> None:
+    """Whoever looks for the connection's stream goes by that, also when the turn of the loop began long ago."""
+    link = make_link(listener)
+    link.begin_connect(time.monotonic_ns())
+    accepted, _ = listener.accept()
+    accepted_ns = time.time_ns()
+    turn_ns = time.monotonic_ns()
+    time.sleep(0.02)  # another client had its turn first: the lateness is the subject
+    link.end_connect(turn_ns)
+    assert link.records[0].attempt_unix_ns <= accepted_ns
+    accepted.close()
+    assert link.sock is not None
+    link.sock.close()
