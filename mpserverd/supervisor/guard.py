@@ -28,13 +28,12 @@ from typing import NoReturn
 
 from mpserverd.arena.state import Con, ConnectionState, StateTable
 from mpserverd.net.tcp_info import SO_COOKIE
+from mpserverd.supervisor.spawn import name_process
 
-NAME = "mps-guard"
 _CARRIERS_MAX = 2
 _SYS_CLONE = 56
 """x86-64, as the rest (docs/decisions/0004)."""
 _CLONE_FILES = 0x400
-_PR_SET_NAME = 15
 _COOKIE_BYTES = 8
 
 _locked = ctypes.PyDLL(None, use_errno=True)
@@ -93,7 +92,7 @@ class Guard:
 
     def _watch(self) -> NoReturn:
         try:
-            _locked.prctl(_PR_SET_NAME, NAME.encode(), 0, 0, 0)
+            name_process("guard")
             poll = select.poll()
             poll.register(self._supervisor, select.POLLIN)
             poll.poll()

@@ -68,7 +68,7 @@ def _become(
         _die_with(launch.parent_pid)
         _reset_signals(mask)
         close_all_but({0, 1, 2, *launch.keep_fds})
-        _name_process(launch.name)
+        name_process(launch.name)
         log.setup_child(launch.config.log, process=launch.name)
         _adjust(launch.role, cpus)
         program(launch)
@@ -124,7 +124,7 @@ def close_all_but(keep: Iterable[int]) -> None:
             os.closerange(below + 1, above)
 
 
-def _name_process(name: str) -> None:
+def name_process(name: str) -> None:
     """What ps and top show as the command's short name; at most 15 bytes."""
     _libc.prctl(_PR_SET_NAME, f"mps-{name}".encode()[:15], 0, 0, 0)
 
